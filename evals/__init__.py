@@ -1,0 +1,1 @@
+"""What is measured: acceptance, speed and losslessness, over the prompts that ship with it."""

@@ -1,0 +1,1 @@
+"""Prompt sets, one JSON object a line: data only."""

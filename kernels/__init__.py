@@ -1,0 +1,21 @@
+"""Kernels for the device, each with a twin in plain torch that defines what it computes.
+
+Torch and Triton only: a file here imports nothing of specdec but other kernels, so each can be
+read, tested and lifted out alone. Exported functions load on first use, so that a machine which
+never calls a kernel never imports Triton.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specdec.kernels.reference import tree_attention
+
+__all__ = ["tree_attention"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "tree_attention":
+        from specdec.kernels.reference import tree_attention
+
+        return tree_attention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,14 @@
+"""The shared paged KV cache: pages.py says who holds which page, kv.py holds the tensors."""
+
+from specdec.cache.kv import CachedSequence, CacheGroup, LayerShape, Paged, pages_for_memory
+from specdec.cache.pages import BlockTable, PagePool
+
+__all__ = [
+    "BlockTable",
+    "CacheGroup",
+    "CachedSequence",
+    "LayerShape",
+    "PagePool",
+    "Paged",
+    "pages_for_memory",
+]

@@ -1,0 +1,181 @@
+"""Key and value tensors of one cache group, and the slots that each model has filled."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from specdec.cache.pages import BlockTable, PagePool
+from specdec.errors import CacheFullError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Geometry of one attention layer's cache."""
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.kv_heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
+
+class Paged:
+    """Layer memory of one model in one group: pages (P, page, K, D) of keys and of values."""
+
+    def __init__(
+        self, shapes: Sequence[LayerShape], num_pages: int, page_size: int, device: torch.device
+    ) -> None:
+        self.shapes, self.page_size, self.device = tuple(shapes), page_size, device
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for shape in self.shapes:
+            head = (num_pages, page_size, shape.kv_heads)
+            self.keys.append(torch.zeros(*head, shape.key_size, dtype=shape.dtype, device=device))
+            self.values.append(
+                torch.zeros(*head, shape.value_size, dtype=shape.dtype, device=device)
+            )
+        self._make_views()
+
+    def _make_views(self) -> None:
+        self.flat_keys = [pages.flatten(0, 1) for pages in self.keys]  # (P * page, K, D)
+        self.flat_values = [pages.flatten(0, 1) for pages in self.values]
+
+    def grow(self, num_pages: int) -> None:
+        """Enlarges every tensor to num_pages, keeping what is there."""
+        for tensors in (self.keys, self.values):
+            for index, old in enumerate(tensors):
+                new = old.new_zeros(num_pages, *old.shape[1:])
+                new[: old.shape[0]] = old
+                tensors[index] = new
+        self._make_views()
+
+    def move(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copies flat slots; sources and destinations may overlap."""
+        for tensors in (self.flat_keys, self.flat_values):
+            for flat in tensors:
+                flat.index_copy_(0, destinations, flat.index_select(0, sources))
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(shape.slot_bytes for shape in self.shapes)
+
+
+@dataclass(slots=True)
+class CachedSequence:
+    """What the cache knows of one sequence: its pages, and how far each model has filled them."""
+
+    table: BlockTable
+    computed: dict[Hashable, int] = field(default_factory=dict)  # model -> slots filled
+
+    def computed_len(self, model: Hashable) -> int:
+        return self.computed.get(model, 0)
+
+
+class CacheGroup:
+    """One block table per sequence, shared by every model that lives in the group.
+
+    Target and draft fill the same slots of the same pages, so one commit serves both.
+    """
+
+    def __init__(self, page_size: int, max_slots: int, device: torch.device) -> None:
+        self.pool = PagePool(0, page_size)
+        self.max_pages = max_slots // page_size
+        self.device = device
+        self.memory: dict[Hashable, Paged] = {}
+        self._sequences: list[CachedSequence] = []
+
+    def add_model(self, model: Hashable, shapes: Sequence[LayerShape]) -> Paged:
+        """Gives a model its layers' memory in this group; every model before any sequence."""
+        memory = Paged(shapes, self.pool.num_pages, self.pool.page_size, self.device)
+        self.memory[model] = memory
+        return memory
+
+    def open(self, slots: int) -> CachedSequence:
+        """A new sequence with room for this many slots, grown on demand up to max_slots."""
+        count = -(-slots // self.pool.page_size)
+        missing = count - self.pool.num_free
+        if missing > 0:
+            self.allocate(min(self.max_pages, max(self.pool.num_pages * 2, missing + self.used)))
+        sequence = CachedSequence(BlockTable(self.pool.page_size))
+        sequence.table.extend(self.pool.allocate(count))
+        self._sequences.append(sequence)
+        return sequence
+
+    @property
+    def used(self) -> int:
+        return self.pool.num_pages - self.pool.num_free
+
+    def allocate(self, num_pages: int) -> None:
+        """Makes the pool at least num_pages large."""
+        if num_pages > self.pool.num_pages:
+            for memory in self.memory.values():
+                memory.grow(num_pages)
+            self.pool.grow(num_pages)
+
+    def reserve(self, sequence: CachedSequence, slots: int) -> None:
+        """Makes sure that the sequence has at least this many slots."""
+        missing = slots - sequence.table.capacity
+        if missing > 0:
+            count = -(-missing // self.pool.page_size)
+            if count > self.pool.num_free:
+                self.allocate(min(self.max_pages, max(self.pool.num_pages * 2, self.used + count)))
+            sequence.table.extend(self.pool.allocate(count))
+
+    def commit(self, sequence: CachedSequence, length: int, slots: Sequence[int]) -> None:
+        """Keeps what is in the given slots, in this order, as slots length, length + 1, ...
+
+        A model that has filled only the first of them keeps those. Nothing is copied where the
+        slots already stand where they belong, as those of every chain do.
+        """
+        for model, computed in sequence.computed.items():
+            if computed <= length:
+                continue
+            kept = next((i for i, slot in enumerate(slots) if slot >= computed), len(slots))
+            if any(slot != length + index for index, slot in enumerate(slots[:kept])):
+                self._move(model, sequence.table, slots[:kept], length)
+            sequence.computed[model] = length + kept
+
+    def _move(self, model: Hashable, table: BlockTable, slots: Sequence[int], length: int) -> None:
+        sources = [table.flat(slot) for slot in slots]
+        destinations = [table.flat(length + index) for index in range(len(slots))]
+        self.memory[model].move(
+            torch.tensor(sources, device=self.device),
+            torch.tensor(destinations, device=self.device),
+        )
+
+    def truncate(self, sequence: CachedSequence, length: int) -> None:
+        """Forgets every slot from length on, for every model."""
+        for model, computed in sequence.computed.items():
+            sequence.computed[model] = min(computed, length)
+
+    def close(self, sequence: CachedSequence) -> None:
+        """Gives the pages back."""
+        self._sequences.remove(sequence)
+        self.pool.release(sequence.table.pages)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless pages, tables and lengths agree."""
+        self.pool.check_integrity([sequence.table for sequence in self._sequences])
+        for sequence in self._sequences:
+            longest = max(sequence.computed.values(), default=0)
+            assert longest <= sequence.table.capacity, "more slots filled than reserved"
+            pages = sequence.table.pages
+            runs = all(b == a + 1 for a, b in pairwise(pages))
+            assert runs == sequence.table.contiguous, "the contiguous flag is stale"
+
+
+def pages_for_memory(kv_memory: int, page_size: int, slot_bytes: int) -> int:
+    """How many pages fit into kv_memory bytes when one slot of all models costs slot_bytes."""
+    pages = kv_memory // (page_size * slot_bytes)
+    if pages < 1:
+        raise CacheFullError(
+            f"kv_memory={kv_memory} bytes holds not even one page of {page_size} slots "
+            f"({page_size * slot_bytes} bytes); raise kv_memory"
+        )
+    return pages

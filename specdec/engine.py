@@ -1,0 +1,321 @@
+"""The step loop: propose, verify, commit, observe. Everything that generates runs on it."""
+
+import time
+from collections.abc import Iterator, Sequence as Items
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.acceptance import RULES
+from specdec.cache import CacheGroup, pages_for_memory
+from specdec.errors import InvalidArgumentError
+from specdec.policy import make_policy
+from specdec.proposers import REGISTRY, DraftModelProposer, Proposer
+from specdec.rng import Noise, PhiloxNoise, derive_seed
+from specdec.runner import ModelRunner, Runner
+from specdec.sampling import Law, SamplingParams
+from specdec.scheduler import Scheduler
+from specdec.sequence import Sequence, StopCheck
+from specdec.stats import RunStats, StepRecord
+from specdec.tree import TokenTree
+from specdec.verifier import Verifier
+
+PAGE_SIZE = 16
+# Vocabularies of one tokenizer differ in padding rows only; more than this is another tokenizer.
+MAX_PADDING_ROWS = 1024
+_DEFAULT_KV_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One finished sample of a request."""
+
+    id: str
+    index: int
+    token_ids: tuple[int, ...]  # generated, without the prompt
+    finish_reason: str  # "stop", "length" or "abort"
+    stats: RunStats
+
+
+class Engine:
+    """Serves any number of requests over one target; each step() advances all of them.
+
+    The tokens of a request are distributed exactly as the target alone would sample them, whatever
+    the draft proposes and whoever else is in the batch. Arguments as in specdec.wrap; the page pool
+    is allocated here, at once (`grow=True`: on demand, up to kv_memory).
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel | Runner,
+        *,
+        draft: Any = None,
+        proposer: str | Proposer | None = None,
+        verification: str = "auto",
+        num_draft_tokens: int | Literal["auto"] = "auto",
+        tree: None = None,
+        policy: str = "auto",
+        draft_window: None = None,
+        lossy: bool = False,
+        kv_memory: int | None = None,
+        release_weights: bool = False,
+        proposer_options: dict[str, Any] | None = None,
+        grow: bool = False,
+        noise: Noise | None = None,
+    ) -> None:
+        _refuse_unbuilt(tree=tree, draft_window=draft_window, proposer_options=proposer_options)
+        if not lossy and verification in RULES and not RULES[verification].lossless:
+            raise InvalidArgumentError(
+                f"verification={verification!r} changes what the target says; pass lossy=True to "
+                "accept that"
+            )
+        self.target = _runner(target)
+        self.proposer = _make_proposer(proposer, draft, self.target)
+        self.policy = make_policy(policy, num_draft_tokens)
+        self.noise = noise or PhiloxNoise()
+        budget = _DEFAULT_KV_BYTES if kv_memory is None else kv_memory
+        self.group = CacheGroup(PAGE_SIZE, 0, self.target.device)
+        self.verifier = Verifier(
+            self.target, self.group, verification, drafts=self.proposer is not None
+        )
+        if self.proposer is not None:
+            self.proposer.join(self.group, self.target.vocab_size)
+        slot_bytes = sum(memory.slot_bytes for memory in self.group.memory.values()) or 1
+        self.group.max_pages = pages_for_memory(budget, PAGE_SIZE, slot_bytes)
+        if not grow:
+            self.group.allocate(self.group.max_pages)
+        if release_weights and isinstance(self.target, ModelRunner):
+            self.target.release_weights()
+        self.scheduler = Scheduler()
+        self.stats = RunStats(lossless=verification == "auto" or RULES[verification].lossless)
+        self._steps = 0
+        self._requests = 0
+        self._finished: list[Sequence] = []
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest context of the target."""
+        return self.target.max_positions
+
+    def add_request(
+        self,
+        input_ids: Items[int] | torch.Tensor,
+        sampling: SamplingParams,
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        stop: StopCheck | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Admits a prompt and returns the request's id.
+
+        stop: called after every emitted token with all tokens so far, prompt included; True ends
+        the sequence there. Sample j uses derive_seed(seed, 0, j); sample 0 the seed itself.
+        """
+        tokens = [int(t) for t in torch.as_tensor(input_ids).flatten().tolist()]
+        if n < 1:
+            raise InvalidArgumentError(f"n={n}: expected at least 1")
+        self._requests += 1
+        name = request_id if request_id is not None else f"request-{self._requests}"
+        law = sampling.law()
+        seed = fresh_seed() if seed is None else seed
+        for index in range(n):
+            self.admit(
+                name, index, tokens, law, derive_seed(seed, 0, index), sampling.max_new_tokens,
+                sampling.eos_token_ids, stop,
+            )  # fmt: skip
+        return name
+
+    def admit(
+        self, request_id: str, index: int, prompt: list[int], law: Law, seed: int,
+        max_new_tokens: int, eos_token_ids: Items[int], stop: StopCheck | None,
+        left_padding: int = 0, keep_cache: bool = False, resume: Sequence | None = None,
+    ) -> Sequence:  # fmt: skip
+        """One sequence, ready for the next step.
+
+        keep_cache leaves its pages open when it is over; resume takes over those of such a
+        sequence and computes only what the two prompts do not share. release() closes them.
+        """
+        self._check_prompt(prompt)
+        limit = self.max_positions
+        if limit is not None:
+            max_new_tokens = min(max_new_tokens, limit - len(prompt) + 1)
+        slots = len(prompt) + max_new_tokens
+        if resume is None:
+            cache = self.group.open(slots)
+        else:
+            cache = resume.cache
+            # the last token of the prompt is computed in any case: its logits are needed
+            shared = min(_common_prefix(resume.tokens, prompt), len(prompt) - 1)
+            self.group.truncate(cache, shared)
+            self.group.reserve(cache, slots)
+        sequence = Sequence(
+            request_id, index, list(prompt), len(prompt), law, seed, max_new_tokens,
+            frozenset(eos_token_ids), stop, cache, keep_cache, left_padding,
+        )  # fmt: skip
+        sequence.stats.slow_processors = law.slow_processors
+        self.scheduler.admit(sequence)
+        if self.proposer is not None:
+            self.proposer.start(sequence)
+        return sequence
+
+    def _check_prompt(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise InvalidArgumentError("the prompt is empty: expected at least one token")
+        bad = [t for t in prompt if not 0 <= t < self.target.vocab_size]
+        if bad:
+            raise InvalidArgumentError(
+                f"prompt token {bad[0]}: expected 0 to {self.target.vocab_size - 1}"
+            )
+        limit = self.max_positions
+        if limit is not None and len(prompt) > limit:
+            raise InvalidArgumentError(
+                f"the prompt has {len(prompt)} tokens, the target's context holds {limit}; "
+                "shorten the prompt"
+            )
+
+    def step(self) -> list[StepRecord]:
+        """Advances every running sequence by one target pass; empty when none is running."""
+        sequences = self.scheduler.next_batch()
+        if not sequences:
+            return []
+        began = time.perf_counter()
+        trees = self._propose(sequences)
+        drafted = time.perf_counter()
+        verdicts = self.verifier.verify(sequences, trees, self.noise, self._steps)
+        verified = time.perf_counter()
+        if self.proposer is not None:
+            self.proposer.observe(sequences, verdicts)
+        records = []
+        share = 1 / len(sequences)
+        for sequence, verdict in zip(sequences, verdicts, strict=True):
+            kept = sequence.append(list(verdict.tokens))
+            record = StepRecord(
+                sequence.request_id, sequence.index, tuple(kept), verdict.drafted,
+                verdict.accepted, sequence.finish_reason,
+            )  # fmt: skip
+            records.append(record)
+            for stats in (sequence.stats, self.stats):
+                stats.add(record)
+                stats.draft_seconds += (drafted - began) * share
+                stats.verify_seconds += (verified - drafted) * share
+            if sequence.finish_reason is not None:
+                self._retire(sequence)
+        self._steps += 1
+        seconds = time.perf_counter() - began
+        self.stats.total_seconds += seconds
+        for sequence in sequences:
+            sequence.stats.total_seconds += seconds * share
+        return records
+
+    def _propose(self, sequences: list[Sequence]) -> list[TokenTree]:
+        if self.proposer is None:
+            return [TokenTree.empty(self.target.device)] * len(sequences)
+        limits = [m for m in (self.max_positions, self.proposer.max_positions) if m is not None]
+        budgets = []
+        for sequence in sequences:
+            # Of the remaining tokens the last one is the target's own: it need not be drafted.
+            room = min([sequence.remaining - 1, *(m - len(sequence.tokens) for m in limits)])
+            budgets.append(max(0, min(self.policy.budget(sequence), room)))
+        return self.proposer.propose(sequences, budgets, self.noise)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request at once; what it has generated so far is its output."""
+        for sequence in self.scheduler.of_request(request_id):
+            sequence.finish_reason = "abort"
+            self._retire(sequence)
+
+    def abort_all(self) -> None:
+        """Ends every running request, as an interrupted caller must."""
+        for request_id in {s.request_id for s in self.scheduler.running}:
+            self.abort(request_id)
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives back the pages of a sequence that is over."""
+        self.group.close(sequence.cache)
+
+    def refresh(self) -> None:
+        """Packs the weights of target and draft anew if they were changed; cheap otherwise."""
+        for runner in self.group.memory:
+            if isinstance(runner, ModelRunner):
+                runner.refresh()
+
+    def _retire(self, sequence: Sequence) -> None:
+        self.scheduler.retire(sequence)
+        if not sequence.keep_cache:
+            self.release(sequence)
+        if self.proposer is not None:
+            self.proposer.finish(sequence)
+        self._finished.append(sequence)
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        """Steps until nothing is running, and yields each sample when it is done."""
+        while self.scheduler.running or self._finished:
+            if not self._finished:
+                self.step()
+            yield from self.take_finished()
+
+    def take_finished(self) -> list[RequestOutput]:
+        """The samples that finished since the last call."""
+        finished, self._finished = self._finished, []
+        return [
+            RequestOutput(
+                s.request_id, s.index, tuple(s.tokens[s.prompt_len :]), s.finish_reason or "",
+                s.stats,
+            )
+            for s in finished
+        ]  # fmt: skip
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def fresh_seed() -> int:
+    """64 bits from torch's global generator, so that torch.manual_seed governs them."""
+    high, low = torch.randint(0, 1 << 32, (2,), dtype=torch.int64).tolist()
+    return int(high) << 32 | int(low)
+
+
+def _refuse_unbuilt(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value:
+            raise InvalidArgumentError(f"{name}={value!r} is not supported yet: expected None")
+
+
+def _runner(model: Any) -> Runner:
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "score"):
+        return ModelRunner(model)
+    runner: Runner = model
+    return runner
+
+
+def _make_proposer(proposer: str | Proposer | None, draft: Any, target: Runner) -> Proposer | None:
+    if isinstance(proposer, Proposer):
+        if draft is not None:
+            raise InvalidArgumentError("pass either draft or a Proposer object, not both")
+        return proposer
+    if proposer is not None and proposer not in REGISTRY:
+        raise InvalidArgumentError(
+            f"proposer={proposer!r}: expected one of {', '.join(sorted(REGISTRY))}, or a Proposer"
+        )
+    if isinstance(draft, (list, tuple)):
+        if len(draft) != 1:
+            raise InvalidArgumentError(f"draft: expected one model, got {len(draft)}")
+        draft = draft[0]
+    if draft is None:
+        if proposer is not None:
+            raise InvalidArgumentError(f"proposer={proposer!r} needs draft=<a small model>")
+        return None
+    runner = (
+        ModelRunner(draft, exact=False) if isinstance(draft, PreTrainedModel) else _runner(draft)
+    )
+    if abs(runner.vocab_size - target.vocab_size) > MAX_PADDING_ROWS:
+        raise InvalidArgumentError(
+            f"draft: its vocabulary has {runner.vocab_size} tokens, the target's "
+            f"{target.vocab_size}; expected a draft with the target's tokenizer"
+        )
+    return DraftModelProposer(runner)

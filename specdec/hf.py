@@ -1,0 +1,281 @@
+"""wrap(): transformers' own generate, with every step speculated.
+
+Input preparation, logits processors and stopping criteria stay transformers' own: generation goes
+through generate(custom_generate=...), and only the decoding loop is ours.
+"""
+
+import copy
+from collections.abc import Callable, Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from specdec.engine import Engine, fresh_seed
+from specdec.errors import InvalidArgumentError
+from specdec.rng import derive_seed
+from specdec.sampling import Law
+from specdec.sequence import Sequence, StopCheck
+from specdec.stats import RunStats
+
+_REFUSED_ARGUMENTS = {
+    "assistant_model": "the draft is given to specdec.wrap(target, draft=...)",
+    "inputs_embeds": "specdec drafts tokens, so it needs input_ids",
+    "negative_prompt_ids": "classifier-free guidance runs a second model inside",
+    "past_key_values": "specdec keeps its own paged cache",
+}
+
+
+@dataclass
+class SpecOutput(GenerateDecoderOnlyOutput):
+    """transformers' output of generate, with what speculation did in `stats`."""
+
+    stats: RunStats | None = None
+
+
+class SpecModel:
+    """A wrapped target: generate() as transformers', and callable as its custom_generate."""
+
+    def __init__(self, target: PreTrainedModel, engine: Engine) -> None:
+        self.target, self.engine = target, engine
+        self.last_stats: RunStats | None = None
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        stop_strings: str | list[str] | None = None,
+        stopping_criteria: Any = None,
+        generation_config: GenerationConfig | None = None,
+        seed: int | list[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' generate, same arguments and output; the law of the output is unchanged.
+
+        seed: one 64-bit seed, or one per row; None draws one from torch's global generator. Raises
+        InvalidArgumentError, by name, for what speculation cannot do: num_beams > 1,
+        assistant_model, inputs_embeds, output_attentions/hidden_states, output_scores/logits,
+        negative_prompt_ids, a filled past_key_values.
+        """
+        for name, reason in _REFUSED_ARGUMENTS.items():
+            if kwargs.get(name) is not None:
+                raise InvalidArgumentError(f"{name}: {reason}; leave it out")
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        config = generation_config or self.target.generation_config
+        stop_strings = stop_strings if stop_strings is not None else config.stop_strings
+        if stop_strings:
+            if tokenizer is None:
+                raise InvalidArgumentError("stop_strings needs tokenizer=<the model's tokenizer>")
+            criteria.append(StopStringCriteria(tokenizer, stop_strings))
+            # transformers would ask for the tokenizer again, which its hook does not pass on
+            kwargs["stop_strings"] = None
+            if generation_config is not None:
+                generation_config = copy.deepcopy(generation_config)
+                generation_config.stop_strings = None
+        return self.target.generate(  # type: ignore[operator]
+            inputs,
+            generation_config=generation_config,
+            stopping_criteria=criteria,
+            custom_generate=_Bound(self, streamer),
+            seed=seed,
+            **kwargs,
+        )
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        seed: int | list[int] | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """transformers' custom_generate hook: model.generate(..., custom_generate=spec).
+
+        The hook passes on no streamer: stream through spec.generate.
+        """
+        return self.run(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, seed,
+            model_kwargs, None,
+        )  # fmt: skip
+
+    def run(
+        self, model: PreTrainedModel, input_ids: Tensor, logits_processor: Any,
+        stopping_criteria: Any, config: GenerationConfig, seed: int | list[int] | None,
+        model_kwargs: dict[str, Any], streamer: Any,
+    ) -> Any:  # fmt: skip
+        """The decoding loop on inputs that transformers has prepared."""
+        if model is not self.target:
+            raise InvalidArgumentError(
+                f"custom_generate: this spec wraps another {type(self.target).__name__}; wrap the "
+                "model that you generate with"
+            )
+        _check_request(config, model_kwargs, logits_processor, input_ids.shape[0])
+        self.engine.refresh()
+        self.engine.stats = RunStats(lossless=self.engine.stats.lossless)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        law = Law(logits_processor, greedy=not config.do_sample)
+        stops = _Stops(stopping_criteria)
+        samples = config.num_return_sequences or 1
+        seeds = _row_seeds(seed, input_ids.shape[0] // samples, samples)
+        mask = model_kwargs.get("attention_mask")
+        rows: list[Sequence] = []
+        try:
+            for row, padded in enumerate(input_ids.tolist()):
+                keep = mask[row].tolist() if mask is not None else [1] * len(padded)
+                prompt = [token for token, kept in zip(padded, keep, strict=True) if kept]
+                rows.append(
+                    self.engine.admit(
+                        f"row-{row}", 0, prompt, law, seeds[row],
+                        stops.max_length - len(padded), stops.eos_token_ids,
+                        stops.check(padded[: len(padded) - len(prompt)], input_ids.device),
+                        left_padding=len(padded) - len(prompt),
+                    )
+                )  # fmt: skip
+            while self.engine.scheduler.running:
+                for record in self.engine.step():
+                    if streamer is not None and record.tokens:
+                        streamer.put(torch.tensor(record.tokens))
+            if streamer is not None:
+                streamer.end()
+        finally:
+            self.engine.abort_all()
+            self.engine.take_finished()
+            self.last_stats = self.engine.stats
+            self.last_stats.slow_processors = law.slow_processors
+        sequences = _collect(input_ids, rows, config)
+        if not config.return_dict_in_generate:
+            return sequences
+        return SpecOutput(sequences=sequences, stats=self.last_stats)  # type: ignore[arg-type]
+
+
+class _Bound:
+    """A SpecModel with the streamer that transformers' hook would not pass on."""
+
+    def __init__(self, spec: SpecModel, streamer: Any) -> None:
+        self.spec, self.streamer = spec, streamer
+
+    def __call__(
+        self, model: PreTrainedModel, input_ids: Tensor, logits_processor: Any,
+        stopping_criteria: Any, generation_config: GenerationConfig,
+        seed: int | list[int] | None = None, **model_kwargs: Any,
+    ) -> Any:  # fmt: skip
+        return self.spec.run(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, seed,
+            model_kwargs, self.streamer,
+        )  # fmt: skip
+
+
+class _Stops:
+    """transformers' stopping criteria: length and end tokens read off, the rest called."""
+
+    def __init__(self, criteria: Any) -> None:
+        self.max_length = 1 << 62
+        self.eos_token_ids: tuple[int, ...] = ()
+        self._others: list[Callable[..., Any]] = []
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                self.max_length = min(self.max_length, int(criterion.max_length))
+            elif isinstance(criterion, EosTokenCriteria):
+                self.eos_token_ids += tuple(criterion.eos_token_id.flatten().tolist())
+            else:
+                self._others.append(criterion)
+
+    def check(self, padding: list[int], device: torch.device) -> StopCheck | None:
+        """Whether one of the other criteria ends a row with this left padding."""
+        if not self._others:
+            return None
+
+        def stop(tokens: list[int]) -> bool:
+            ids = torch.tensor([[*padding, *tokens]], device=device)
+            return any(bool(torch.as_tensor(c(ids, None)).all()) for c in self._others)
+
+        return stop
+
+
+def stop_check(tokenizer: Any, strings: Items[str]) -> StopCheck | None:
+    """Ends a sequence with the token that completes one of the strings."""
+    if not strings:
+        return None
+    return _Stops([StopStringCriteria(tokenizer, list(strings))]).check([], torch.device("cpu"))
+
+
+def _row_seeds(seed: int | list[int] | None, prompts: int, samples: int) -> list[int]:
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != prompts:
+            raise InvalidArgumentError(
+                f"seed: expected one number, or one per prompt ({prompts}); got {len(seed)}"
+            )
+        return [derive_seed(s, 0, j) for s in seed for j in range(samples)]
+    whole = fresh_seed() if seed is None else seed
+    return [derive_seed(whole, i, j) for i in range(prompts) for j in range(samples)]
+
+
+def _check_request(
+    config: GenerationConfig, model_kwargs: dict[str, Any], processors: Any, rows: int
+) -> None:
+    """Refuses by name what the loop cannot honour."""
+    if (config.num_beams or 1) > 1:
+        raise InvalidArgumentError(
+            f"num_beams={config.num_beams}: expected 1; beams are not drafted"
+        )
+    for name in ("output_attentions", "output_hidden_states", "output_scores", "output_logits"):
+        if getattr(config, name, None):
+            raise InvalidArgumentError(f"{name}=True is not supported: leave it out")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise InvalidArgumentError(f"inputs_embeds: {_REFUSED_ARGUMENTS['inputs_embeds']}")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise InvalidArgumentError(f"past_key_values: {_REFUSED_ARGUMENTS['past_key_values']}")
+    if rows > 1 and any(isinstance(p, PrefixConstrainedLogitsProcessor) for p in processors):
+        raise InvalidArgumentError("prefix_allowed_tokens_fn: expected a batch of one prompt")
+
+
+def _collect(input_ids: Tensor, rows: list[Sequence], config: GenerationConfig) -> Tensor:
+    """(B, L + longest) prompts and generated tokens, padded on the right like transformers'."""
+    longest = max((row.generated for row in rows), default=0)
+    pad = config._pad_token_tensor
+    fill = 0 if pad is None else int(pad)
+    tail = input_ids.new_full((len(rows), longest), fill)
+    for index, row in enumerate(rows):
+        generated = row.tokens[row.prompt_len :]
+        tail[index, : len(generated)] = torch.tensor(generated, device=input_ids.device)
+    return torch.cat((input_ids, tail), dim=1)
+
+
+def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
+    """Makes a transformers causal LM generate speculatively, with the same output law.
+
+        spec = specdec.wrap(target, draft=small)
+        out = spec.generate(**inputs, max_new_tokens=128, return_dict_in_generate=True)
+        out.sequences; out.stats
+
+    target is proved once to run exactly on packed rows (UnsupportedModelError otherwise) and is
+    itself left as it was. Options, all by keyword:
+
+    draft: a small model with the target's tokenizer.
+    proposer: a name in specdec.proposers.REGISTRY, or a Proposer; default: "draft" with a draft,
+        plain decoding without.
+    verification: "auto" or a name in specdec.acceptance.RULES.
+    num_draft_tokens: tokens drafted per step, or "auto". policy: "auto" or "constant".
+    lossy: must be True for a rule that changes the law.
+    kv_memory: bytes that the caches of all models may take; the pool grows up to it on demand.
+    release_weights: drop the originals of weights that packed copies stand in for; the target's
+        own forward and state_dict() stop working.
+    """
+    return SpecModel(target, Engine(target, grow=True, **options))

@@ -1,0 +1,49 @@
+"""The protocol of everything that guesses the next tokens."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Items
+from typing import ClassVar, Literal
+
+from specdec.cache import CacheGroup
+from specdec.rng import Noise
+from specdec.sequence import Sequence
+from specdec.tree import TokenTree
+from specdec.verifier import Verdict
+
+
+class Proposer(ABC):
+    """Guesses; it neither accepts nor emits. One object serves every sequence of an engine.
+
+    law says what its proposals are drawn from: `point` (deterministic), `sampled` (fresh noise
+    from the stored laws) or `coupled` (the target's own noise).
+    """
+
+    name: ClassVar[str]
+    law: ClassVar[Literal["point", "sampled", "coupled"]]
+
+    def join(self, group: CacheGroup, vocab_size: int) -> None:
+        """Called once, before any sequence: the target's cache group and vocabulary size."""
+        del group, vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest context that can be drafted from; None: unbounded."""
+        return None
+
+    def start(self, sequence: Sequence) -> None:
+        """A sequence was admitted; its prompt is in sequence.tokens."""
+        del sequence
+
+    @abstractmethod
+    def propose(
+        self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
+    ) -> list[TokenTree]:
+        """One tree per sequence of at most budgets[i] nodes; empty trees are fine."""
+
+    def observe(self, sequences: Items[Sequence], verdicts: Items[Verdict]) -> None:
+        """What the target said of the last trees; it never holds verification coins."""
+        del sequences, verdicts
+
+    def finish(self, sequence: Sequence) -> None:
+        """A sequence is over; forget it."""
+        del sequence

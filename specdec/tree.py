@@ -1,0 +1,166 @@
+"""TokenTree: the drafted tokens of one sequence, and the laws they were drawn from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.errors import InvalidArgumentError
+
+Kind = Literal["point", "iid", "without_replacement"]
+
+
+class Law(NamedTuple):
+    """Which stored row a proposal was drawn from; a point mass has none."""
+
+    kind: Kind
+    row: int | None = None
+
+
+class Proposal(NamedTuple):
+    """One draw, in draw order: duplicates and several drafters add proposals, not nodes."""
+
+    parent: int  # node, -1 for the root
+    token: int
+    law: Law
+    node: int  # the child that this draw names
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTree:
+    """Drafted tokens below the last committed token, which is not in the tree itself.
+
+    tokens: (N,) int64, on any device; reading their values from the host synchronises. parents:
+    -1 for a child of the root; parents come before children. draws: per proposal, in draw order,
+    its node and its law; None: one per node, from the point mass or from row i of laws. laws:
+    (L, V) float32, the very tensor that was sampled from.
+    """
+
+    tokens: Tensor
+    parents: tuple[int, ...]
+    laws: Tensor | None = None
+    draws: tuple[tuple[int, Law], ...] | None = None
+
+    @staticmethod
+    def build(
+        tokens: Sequence[int] | Tensor,
+        parents: Sequence[int],
+        proposals: Sequence[Proposal] | None = None,
+        laws: Tensor | None = None,
+    ) -> "TokenTree":
+        """A checked tree. Without proposals every node is a point mass, or drawn iid from its row
+        of laws. Raises InvalidArgumentError."""
+        values = torch.as_tensor(tokens, dtype=torch.long)
+        if values.ndim != 1 or values.shape[0] != len(parents):
+            raise InvalidArgumentError(
+                f"tokens {tuple(values.shape)}, parents ({len(parents)},): expected equal lengths"
+            )
+        for node, parent in enumerate(parents):
+            if not -1 <= parent < node:
+                raise InvalidArgumentError(
+                    f"parents[{node}]={parent}: expected -1 or an earlier node"
+                )
+        pairs = list(zip(parents, values.tolist(), strict=True))
+        if len(set(pairs)) != len(pairs):
+            raise InvalidArgumentError("two nodes have the same path; duplicates are proposals")
+        draws = None
+        if proposals is not None:
+            for proposal in proposals:
+                if pairs[proposal.node] != (proposal.parent, proposal.token):
+                    raise InvalidArgumentError(f"{proposal} does not name its node's path")
+            draws = tuple((p.node, p.law) for p in proposals)
+        return TokenTree(values, tuple(parents), laws, draws)
+
+    @staticmethod
+    def chain(tokens: Tensor, laws: Tensor | None = None) -> "TokenTree":
+        """One branch; row i of laws (N, V) is what token i was drawn from, None: point masses."""
+        return TokenTree(tokens, chain_parents(tokens.shape[0]), laws)
+
+    @staticmethod
+    def empty(device: torch.device) -> "TokenTree":
+        """No speculation."""
+        return TokenTree(torch.empty(0, dtype=torch.long, device=device), ())
+
+    @staticmethod
+    def merge(trees: Sequence["TokenTree"]) -> "TokenTree":
+        """The union by full path; proposals stay in order of the trees and of their draws."""
+        index: dict[tuple[int, int], int] = {}
+        tokens: list[int] = []
+        parents: list[int] = []
+        draws: list[tuple[int, Law]] = []
+        laws: list[Tensor] = []
+        rows = 0
+        for tree in trees:
+            place: list[int] = []
+            for token, parent in zip(tree.tokens.tolist(), tree.parents, strict=True):
+                above = place[parent] if parent >= 0 else -1
+                if (above, token) not in index:
+                    index[above, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(above)
+                place.append(index[above, token])
+            for node, law in tree._draws():
+                moved = law if law.row is None else Law(law.kind, law.row + rows)
+                draws.append((place[node], moved))
+            if tree.laws is not None:
+                laws.append(tree.laws)
+                rows += tree.laws.shape[0]
+        device = trees[0].tokens.device
+        return TokenTree(
+            torch.tensor(tokens, dtype=torch.long, device=device), tuple(parents),
+            torch.cat(laws) if laws else None, tuple(draws),
+        )  # fmt: skip
+
+    def _draws(self) -> tuple[tuple[int, Law], ...]:
+        if self.draws is not None:
+            return self.draws
+        drawn = self.laws is not None
+        return tuple(
+            (node, Law("iid", node) if drawn else Law("point")) for node in range(len(self))
+        )
+
+    @property
+    def proposals(self) -> tuple[Proposal, ...]:
+        """Every draw in order. Reads the tokens: for tests and reports, not for the hot path."""
+        values = self.tokens.tolist()
+        return tuple(Proposal(self.parents[n], values[n], law, n) for n, law in self._draws())
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """1 for a child of the root."""
+        return tree_depths(self.parents)
+
+    @property
+    def max_depth(self) -> int:
+        return max(self.depths, default=0)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == chain_parents(len(self.parents))
+
+    def ancestor_mask(self) -> Tensor:
+        """(N, N) bool: row i sees column j when j is i or an ancestor of i."""
+        mask = torch.eye(len(self), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask[node] |= mask[parent]
+        return mask.to(self.tokens.device)
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+
+@lru_cache(maxsize=512)
+def chain_parents(length: int) -> tuple[int, ...]:
+    return tuple(range(-1, length - 1))
+
+
+@lru_cache(maxsize=4096)
+def tree_depths(parents: tuple[int, ...]) -> tuple[int, ...]:
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return tuple(depths)

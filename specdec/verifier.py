@@ -1,0 +1,173 @@
+"""Tree -> score -> laws -> acceptance -> commit -> Verdict: the target's half of a step."""
+
+from collections.abc import Callable, Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.acceptance import RULES, batched
+from specdec.acceptance.batched import Outcome, TreeBatch
+from specdec.cache import CacheGroup
+from specdec.errors import InvalidArgumentError, NumericalError
+from specdec.rng import Noise
+from specdec.runner import Runner, SequenceRows
+from specdec.sampling import Law, Path
+from specdec.sequence import Sequence
+from specdec.tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdict:
+    """What the target said of one tree."""
+
+    tokens: tuple[int, ...]  # the accepted path, then exactly one extra token
+    drafted: int  # nodes of the tree
+    path: tuple[int, ...]  # accepted nodes, in order
+    logits: Tensor  # (rows, V) the target's own, root row first; on the device
+
+    @property
+    def accepted(self) -> int:
+        return len(self.path)
+
+
+class Verifier:
+    """Scores every tree of the batch in one target pass and applies one lossless rule to each.
+
+    rule: a name in acceptance.RULES, or "auto": greedy at temperature 0, else block verification
+    for sampled chains, token-wise for deterministic ones, and plain sampling ("gumbel") where
+    nothing is ever drafted.
+    """
+
+    def __init__(self, runner: Runner, group: CacheGroup, rule: str, *, drafts: bool) -> None:
+        if rule != "auto" and rule not in RULES:
+            raise InvalidArgumentError(
+                f"verification={rule!r}: expected 'auto' or one of {', '.join(sorted(RULES))}"
+            )
+        self.runner, self.group, self.rule, self.drafts = runner, group, rule, drafts
+        runner.join(group)
+
+    def rule_for(self, law: Law, trees: Items[TokenTree]) -> str:
+        """The rule that judges these trees of sequences sampled by this law."""
+        if law.greedy:
+            return "greedy"
+        if self.rule == "greedy":
+            raise InvalidArgumentError(
+                "verification='greedy' needs temperature 0; use 'auto', 'block' or 'token'"
+            )
+        if self.rule != "auto":
+            return self.rule
+        if not self.drafts:
+            return "gumbel"
+        return "block" if any(tree.laws is not None for tree in trees) else "token"
+
+    def verify(
+        self, sequences: Items[Sequence], trees: Items[TokenTree], noise: Noise, step: int
+    ) -> list[Verdict]:
+        """One target pass; commits the accepted paths to the cache. step: for error messages."""
+        logits = self.runner.score(
+            [self._rows(s, t) for s, t in zip(sequences, trees, strict=True)]
+        )
+        counts = [len(tree) + 1 for tree in trees]
+        verdicts: list[Verdict | None] = [None] * len(sequences)
+        for members in _groups(sequences):
+            every = len(members) == len(sequences)
+            parts = logits.split(counts)
+            rows = logits if every else torch.cat([parts[i] for i in members])
+            chosen, its_trees = [sequences[i] for i in members], [trees[i] for i in members]
+            outcome, batch = self._judge(chosen, its_trees, rows, noise)
+            answers = _to_host(outcome, batch, step)
+            for i, (tokens, path), part in zip(
+                members, answers, (parts[i] for i in members), strict=True
+            ):
+                verdicts[i] = Verdict(tokens, len(trees[i]), path, part)
+        done = [verdict for verdict in verdicts if verdict is not None]
+        for sequence, verdict in zip(sequences, done, strict=True):
+            length = len(sequence.tokens)
+            self.group.commit(sequence.cache, length, [length + node for node in verdict.path])
+        return done
+
+    def _rows(self, sequence: Sequence, tree: TokenTree) -> SequenceRows:
+        pending = sequence.tokens[sequence.cache.computed_len(self.runner) :]
+        parents = None if tree.is_chain else tree.parents
+        return SequenceRows(sequence.cache, pending, tree.tokens, parents, len(tree) + 1)
+
+    def _judge(
+        self, sequences: Items[Sequence], trees: Items[TokenTree], logits: Tensor, noise: Noise
+    ) -> tuple[Outcome, TreeBatch]:
+        """The rule's outcome for sequences that share one law; logits (R, V), root rows first."""
+        law = sequences[0].law
+        batch = TreeBatch.of(trees)
+        paths, padding = _paths(sequences, trees), sequences[0].left_padding
+        rule = self.rule_for(law, trees)
+        if rule == "greedy":
+            best = law.best(logits, paths, padding)
+            return batched.greedy(batch, best, logits), batch
+        p = law.probabilities(logits, paths, padding)
+        seeds = [s.seed for s in sequences]
+        device = logits.device
+        if rule == "gumbel":
+            where = [
+                (s.seed, len(s.tokens) + depth)
+                for s, tree in zip(sequences, trees, strict=True)
+                for depth in (0, *tree.depths)
+            ]
+            gumbel = noise.gumbel(
+                [seed for seed, _ in where], [at for _, at in where], p.shape[1], device
+            )
+            return batched.gumbel(batch, p, gumbel), batch
+        positions = [len(s.tokens) for s in sequences]
+        coins = noise.step(seeds, positions, max(len(tree) for tree in trees) + 1, device)
+        laws = [tree.laws for tree in trees if tree.laws is not None]
+        q = None if not laws else laws[0] if len(laws) == 1 else torch.cat(laws)
+        function = batched.block if rule == "block" else batched.token
+        return function(batch, p, q, coins), batch
+
+
+def _groups(sequences: Items[Sequence]) -> list[list[int]]:
+    """Indices of the sequences that can be judged together: same law, same padding if it counts."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        padding = sequence.left_padding if sequence.law.by_path else 0
+        groups.setdefault((id(sequence.law), padding), []).append(index)
+    return list(groups.values())
+
+
+def _paths(sequences: Items[Sequence], trees: Items[TokenTree]) -> Callable[[], list[Path]]:
+    """Each row's tokens from the start of its prompt: the root's, then every node's."""
+
+    def paths() -> list[Path]:
+        rows: list[Path] = []
+        for sequence, tree in zip(sequences, trees, strict=True):
+            lines: list[list[int]] = [list(sequence.tokens)]
+            drafted = tree.tokens.tolist()
+            for token, parent in zip(drafted, tree.parents, strict=True):
+                lines.append([*lines[parent + 1], token])
+            rows.extend(lines)
+        return rows
+
+    return paths
+
+
+def _to_host(
+    outcome: Outcome, batch: TreeBatch, step: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(emitted tokens, accepted nodes) per sequence: the step's one synchronisation."""
+    packed = torch.cat(
+        (
+            outcome.valid.long()[:, None], outcome.accepted[:, None], outcome.path, outcome.tokens,
+        ),
+        dim=1,
+    ).tolist()  # fmt: skip
+    depth = outcome.path.shape[1]
+    answers = []
+    for row, first_row in zip(packed, batch.row_offsets, strict=False):
+        valid, accepted = row[0], row[1]
+        if not valid:
+            raise NumericalError(
+                f"the target's logits hold NaN or infinity at step {step}; check the weights "
+                "and the dtype"
+            )
+        path = tuple(r - first_row - 1 for r in row[2 : 2 + accepted])
+        answers.append((tuple(row[2 + depth : 3 + depth + accepted]), path))
+    return answers
