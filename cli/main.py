@@ -1,9 +1,12 @@
 """The specdec command: parse, call, print."""
 
+import io
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+import torch
 
 from specdec.cli.generate import generate
 from specdec.errors import InvalidArgumentError, SpecDecError
@@ -12,16 +15,38 @@ from specdec.errors import InvalidArgumentError, SpecDecError
 class _Group(click.Group):
     """Turns every error that a caller can cause into one line and an exit code."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show
         try:
-            return super().invoke(ctx)
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except click.Abort:
+            sys.exit(130)
         except InvalidArgumentError as error:
             _fail(str(error), 2)
         except SpecDecError as error:
             _fail(str(error), 1)
+        except OSError as error:
+            _fail(error.strerror or str(error), 1)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            _fail(f"out of memory: {error}", 1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # the reader has gone (| head): nothing is left to say, not even at interpreter exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     click.echo("specdec: " + " ".join(message.split()), err=True)
     sys.exit(code)
 

@@ -97,14 +97,14 @@ def attend(
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None], k, v, bias, scale=scale, enable_gqa=groups > 1
         )
-        return out[0].transpose(0, 1)
+        return out[0].transpose(0, 1).contiguous()
     if rows == 1:
         packed = q.view(1, kv_heads, groups, -1)
         return F.scaled_dot_product_attention(packed, k, v, bias, scale=scale).view(1, heads, -1)
     packed = q.view(rows, kv_heads, groups, -1).permute(1, 2, 0, 3)
     packed = packed.reshape(1, kv_heads, groups * rows, -1)
     out = F.scaled_dot_product_attention(packed, k, v, bias, scale=scale)
-    return out.view(kv_heads, groups, rows, -1).permute(2, 0, 1, 3).reshape(rows, heads, -1)
+    return _rows_first(out, kv_heads, groups, rows)
 
 
 def _attend_by_hand(
@@ -133,7 +133,13 @@ def _attend_by_hand(
         scores = torch.cat((scores, column.reshape(kv_heads, groups * rows, 1)), dim=-1)
     weights = scores.softmax(-1)[..., : k.shape[1]]
     out = torch.bmm(weights, v.float()).to(q.dtype)
-    return out.view(kv_heads, groups, rows, -1).permute(2, 0, 1, 3).reshape(rows, heads, -1)
+    return _rows_first(out, kv_heads, groups, rows)
+
+
+def _rows_first(out: Tensor, kv_heads: int, groups: int, rows: int) -> Tensor:
+    """(K, G * rows, Dv) -> (rows, H, Dv), contiguous: models view attention's result."""
+    turned = out.view(kv_heads, groups, rows, -1).permute(2, 0, 1, 3)
+    return turned.reshape(rows, kv_heads * groups, -1).contiguous()
 
 
 def unpack_bits(ancestor_bits: Tensor, rows: int) -> Tensor:

@@ -135,7 +135,9 @@ class Recorder:
     def window(self, size: int, sees: Callable[[int, int], bool]) -> Window:
         """The window of this size; sees(query, key) tells sliding and chunked ones apart."""
         # A sliding window lets position `size` see position 1; a chunk of that size does not.
-        return Window(size, chunked=size > 1 and not sees(size, 1))
+        window = Window(size, chunked=size > 1 and not sees(size, 1))
+        self.windows.add(window)  # some models make masks that no layer of theirs uses
+        return window
 
     def attend(
         self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None

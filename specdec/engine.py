@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from specdec.acceptance import RULES
 from specdec.cache import CacheGroup, pages_for_memory
 from specdec.errors import InvalidArgumentError
+from specdec.forward import Rows
 from specdec.policy import make_policy
 from specdec.proposers import REGISTRY, DraftModelProposer, Proposer
 from specdec.rng import Noise, PhiloxNoise, derive_seed
@@ -71,7 +72,8 @@ class Engine:
                 f"verification={verification!r} changes what the target says; pass lossy=True to "
                 "accept that"
             )
-        self.target = _runner(target)
+        drafts = draft is not None or proposer is not None
+        self.target = _runner(target, "several" if drafts else "one")
         self.proposer = _make_proposer(proposer, draft, self.target)
         self.policy = make_policy(policy, num_draft_tokens)
         self.noise = noise or PhiloxNoise()
@@ -90,7 +92,6 @@ class Engine:
             self.target.release_weights()
         self.scheduler = Scheduler()
         self.stats = RunStats(lossless=verification == "auto" or RULES[verification].lossless)
-        self._steps = 0
         self._requests = 0
         self._finished: list[Sequence] = []
 
@@ -114,18 +115,31 @@ class Engine:
         stop: called after every emitted token with all tokens so far, prompt included; True ends
         the sequence there. Sample j uses derive_seed(seed, 0, j); sample 0 the seed itself.
         """
-        tokens = [int(t) for t in torch.as_tensor(input_ids).flatten().tolist()]
+        tokens = _one_prompt(input_ids)
         if n < 1:
             raise InvalidArgumentError(f"n={n}: expected at least 1")
         self._requests += 1
         name = request_id if request_id is not None else f"request-{self._requests}"
+        if any(s.request_id == name for s in self.scheduler.running):
+            raise InvalidArgumentError(
+                f"request_id={name!r} is running already: expected a new one"
+            )
         law = sampling.law()
         seed = fresh_seed() if seed is None else seed
-        for index in range(n):
-            self.admit(
-                name, index, tokens, law, derive_seed(seed, 0, index), sampling.max_new_tokens,
-                sampling.eos_token_ids, stop,
-            )  # fmt: skip
+        seeds = [derive_seed(seed, 0, index) for index in range(n)]
+        admitted: list[Sequence] = []
+        try:
+            for index, its_seed in enumerate(seeds):
+                admitted.append(
+                    self.admit(
+                        name, index, tokens, law, its_seed, sampling.max_new_tokens,
+                        sampling.eos_token_ids, stop,
+                    )
+                )  # fmt: skip
+        except BaseException:  # all samples or none
+            for sequence in admitted:
+                self._withdraw(sequence)
+            raise
         return name
 
     def admit(
@@ -138,7 +152,8 @@ class Engine:
         keep_cache leaves its pages open when it is over; resume takes over those of such a
         sequence and computes only what the two prompts do not share. release() closes them.
         """
-        self._check_prompt(prompt)
+        self.check_prompt(prompt)
+        self.verifier.check_law(law)
         limit = self.max_positions
         if limit is not None:
             max_new_tokens = min(max_new_tokens, limit - len(prompt) + 1)
@@ -161,7 +176,8 @@ class Engine:
             self.proposer.start(sequence)
         return sequence
 
-    def _check_prompt(self, prompt: list[int]) -> None:
+    def check_prompt(self, prompt: list[int]) -> None:
+        """Raises InvalidArgumentError for a prompt that the target cannot continue."""
         if not prompt:
             raise InvalidArgumentError("the prompt is empty: expected at least one token")
         bad = [t for t in prompt if not 0 <= t < self.target.vocab_size]
@@ -177,14 +193,26 @@ class Engine:
             )
 
     def step(self) -> list[StepRecord]:
-        """Advances every running sequence by one target pass; empty when none is running."""
+        """Advances every running sequence by one target pass; empty when none is running.
+
+        A step that raises or is interrupted leaves every sequence at its last whole token: the next
+        step takes up from there.
+        """
         sequences = self.scheduler.next_batch()
         if not sequences:
             return []
+        try:
+            return self._advance(sequences)
+        except BaseException:  # KeyboardInterrupt too
+            for sequence in sequences:
+                self.group.truncate(sequence.cache, len(sequence.tokens) - 1)
+            raise
+
+    def _advance(self, sequences: list[Sequence]) -> list[StepRecord]:
         began = time.perf_counter()
         trees = self._propose(sequences)
         drafted = time.perf_counter()
-        verdicts = self.verifier.verify(sequences, trees, self.noise, self._steps)
+        verdicts = self.verifier.verify(sequences, trees, self.noise)
         verified = time.perf_counter()
         if self.proposer is not None:
             self.proposer.observe(sequences, verdicts)
@@ -203,7 +231,6 @@ class Engine:
                 stats.verify_seconds += (verified - drafted) * share
             if sequence.finish_reason is not None:
                 self._retire(sequence)
-        self._steps += 1
         seconds = time.perf_counter() - began
         self.stats.total_seconds += seconds
         for sequence in sequences:
@@ -243,12 +270,15 @@ class Engine:
                 runner.refresh()
 
     def _retire(self, sequence: Sequence) -> None:
+        self._withdraw(sequence)
+        self._finished.append(sequence)
+
+    def _withdraw(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
         if not sequence.keep_cache:
             self.release(sequence)
         if self.proposer is not None:
             self.proposer.finish(sequence)
-        self._finished.append(sequence)
 
     def __iter__(self) -> Iterator[RequestOutput]:
         """Steps until nothing is running, and yields each sample when it is done."""
@@ -269,6 +299,17 @@ class Engine:
         ]  # fmt: skip
 
 
+def _one_prompt(input_ids: Items[int] | torch.Tensor) -> list[int]:
+    ids = torch.as_tensor(input_ids)
+    if ids.ndim > 2 or (ids.ndim == 2 and ids.shape[0] != 1):
+        raise InvalidArgumentError(
+            f"input_ids: expected one prompt, got shape {tuple(ids.shape)}; add a request for each"
+        )
+    if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise InvalidArgumentError(f"input_ids: expected token ids, got {ids.dtype}")
+    return [int(token) for token in ids.flatten().tolist()]
+
+
 def _common_prefix(a: list[int], b: list[int]) -> int:
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
@@ -286,9 +327,9 @@ def _refuse_unbuilt(**arguments: object) -> None:
             raise InvalidArgumentError(f"{name}={value!r} is not supported yet: expected None")
 
 
-def _runner(model: Any) -> Runner:
+def _runner(model: Any, rows: Rows) -> Runner:
     if isinstance(model, PreTrainedModel) or not hasattr(model, "score"):
-        return ModelRunner(model)
+        return ModelRunner(model, rows=rows)
     runner: Runner = model
     return runner
 
@@ -311,8 +352,14 @@ def _make_proposer(proposer: str | Proposer | None, draft: Any, target: Runner) 
             raise InvalidArgumentError(f"proposer={proposer!r} needs draft=<a small model>")
         return None
     runner = (
-        ModelRunner(draft, exact=False) if isinstance(draft, PreTrainedModel) else _runner(draft)
+        ModelRunner(draft, exact=False, rows="one")
+        if isinstance(draft, PreTrainedModel)
+        else _runner(draft, "one")
     )
+    if runner.device != target.device:
+        raise InvalidArgumentError(
+            f"draft: it is on {runner.device}, the target on {target.device}; move one of them"
+        )
     if abs(runner.vocab_size - target.vocab_size) > MAX_PADDING_ROWS:
         raise InvalidArgumentError(
             f"draft: its vocabulary has {runner.vocab_size} tokens, the target's "

@@ -18,6 +18,7 @@ from transformers.generation import (
     GenerationConfig,
     MaxLengthCriteria,
     PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -29,7 +30,11 @@ from specdec.sampling import Law
 from specdec.sequence import Sequence, StopCheck
 from specdec.stats import RunStats
 
+# Ways of decoding that transformers would choose by these, were the loop not ours.
+_REFUSED_MODES = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens")
+_REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 _REFUSED_ARGUMENTS = {
+    "position_ids": "specdec counts positions from the attention mask",
     "assistant_model": "the draft is given to specdec.wrap(target, draft=...)",
     "inputs_embeds": "specdec drafts tokens, so it needs input_ids",
     "negative_prompt_ids": "classifier-free guidance runs a second model inside",
@@ -74,14 +79,17 @@ class SpecModel:
             if kwargs.get(name) is not None:
                 raise InvalidArgumentError(f"{name}: {reason}; leave it out")
         criteria = StoppingCriteriaList(stopping_criteria or [])
-        config = generation_config or self.target.generation_config
-        stop_strings = stop_strings if stop_strings is not None else config.stop_strings
+        defaults = self.target.generation_config.stop_strings
+        if stop_strings is None and generation_config is not None:
+            stop_strings = generation_config.stop_strings
+        stop_strings = stop_strings if stop_strings is not None else defaults
         if stop_strings:
             if tokenizer is None:
                 raise InvalidArgumentError("stop_strings needs tokenizer=<the model's tokenizer>")
             criteria.append(StopStringCriteria(tokenizer, stop_strings))
             # transformers would ask for the tokenizer again, which its hook does not pass on
-            kwargs["stop_strings"] = None
+            if defaults is not None:
+                kwargs["stop_strings"] = None
             if generation_config is not None:
                 generation_config = copy.deepcopy(generation_config)
                 generation_config.stop_strings = None
@@ -129,28 +137,27 @@ class SpecModel:
         self.engine.stats = RunStats(lossless=self.engine.stats.lossless)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        law = Law(logits_processor, greedy=not config.do_sample)
+        prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        paddings = [input_ids.shape[1] - len(prompt) for prompt in prompts]
+        law = Law(_for_any_row(logits_processor, paddings), greedy=not config.do_sample)
         stops = _Stops(stopping_criteria)
         samples = config.num_return_sequences or 1
         seeds = _row_seeds(seed, input_ids.shape[0] // samples, samples)
-        mask = model_kwargs.get("attention_mask")
         rows: list[Sequence] = []
         try:
-            for row, padded in enumerate(input_ids.tolist()):
-                keep = mask[row].tolist() if mask is not None else [1] * len(padded)
-                prompt = [token for token, kept in zip(padded, keep, strict=True) if kept]
+            for row, (prompt, padding) in enumerate(zip(prompts, paddings, strict=True)):
                 rows.append(
                     self.engine.admit(
                         f"row-{row}", 0, prompt, law, seeds[row],
-                        stops.max_length - len(padded), stops.eos_token_ids,
-                        stops.check(padded[: len(padded) - len(prompt)], input_ids.device),
-                        left_padding=len(padded) - len(prompt),
+                        stops.max_length - input_ids.shape[1], stops.eos_token_ids,
+                        stops.check(input_ids[row, :padding].tolist(), input_ids.device),
+                        left_padding=padding,
                     )
                 )  # fmt: skip
             while self.engine.scheduler.running:
                 for record in self.engine.step():
-                    if streamer is not None and record.tokens:
-                        streamer.put(torch.tensor(record.tokens))
+                    for token in record.tokens if streamer is not None else ():
+                        streamer.put(torch.tensor([token]))
             if streamer is not None:
                 streamer.end()
         finally:
@@ -215,6 +222,37 @@ def stop_check(tokenizer: Any, strings: Items[str]) -> StopCheck | None:
     return _Stops([StopStringCriteria(tokenizer, list(strings))]).check([], torch.device("cpu"))
 
 
+def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """Each row's tokens without its padding."""
+    rows: list[list[int]] = input_ids.tolist()
+    if mask is None:
+        return rows
+    kept = mask.bool().tolist()
+    return [
+        [token for token, keep in zip(row, keeps, strict=True) if keep]
+        for row, keeps in zip(rows, kept, strict=True)
+    ]
+
+
+def _for_any_row(processors: Items[Any], paddings: list[int]) -> list[Any]:
+    """The processors, less what in them belongs to one row of the batch.
+
+    transformers' repetition penalty holds each row's padding, which our paths do not have.
+    """
+    shared = []
+    for processor in processors:
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(ignored, Tensor):
+            if ignored.tolist() != paddings:
+                raise InvalidArgumentError(
+                    f"{type(processor).__name__}: prompt_ignore_length={ignored.tolist()}: "
+                    "expected one number for all rows"
+                )
+            processor = RepetitionPenaltyLogitsProcessor(processor.penalty)
+        shared.append(processor)
+    return shared
+
+
 def _row_seeds(seed: int | list[int] | None, prompts: int, samples: int) -> list[int]:
     if isinstance(seed, (list, tuple)):
         if len(seed) != prompts:
@@ -234,9 +272,11 @@ def _check_request(
         raise InvalidArgumentError(
             f"num_beams={config.num_beams}: expected 1; beams are not drafted"
         )
-    for name in ("output_attentions", "output_hidden_states", "output_scores", "output_logits"):
+    for name in (*_REFUSED_OUTPUTS, *_REFUSED_MODES):
         if getattr(config, name, None):
-            raise InvalidArgumentError(f"{name}=True is not supported: leave it out")
+            raise InvalidArgumentError(
+                f"{name}={getattr(config, name)!r} is not supported: leave it out"
+            )
     if model_kwargs.get("inputs_embeds") is not None:
         raise InvalidArgumentError(f"inputs_embeds: {_REFUSED_ARGUMENTS['inputs_embeds']}")
     cache = model_kwargs.get("past_key_values")

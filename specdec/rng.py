@@ -6,10 +6,12 @@ keyed by the number of tokens committed when the step began, which grows every s
 ever drawn twice; only the purpose `coupled` is keyed by absolute position.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from specdec.errors import InvalidArgumentError
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+_MULTIPLIERS = np.array((_M0, _M1), np.uint64)
+_STEPS = np.arange(10, dtype=np.uint32)[:, None] * np.array((_W0, _W1), np.uint32)  # (10, 2)
+_LOW_HALF = 0 if sys.byteorder == "little" else 1
 _SEED_TAG = 0x73706563  # keeps derived seeds apart from every purpose
 
 
@@ -34,25 +39,41 @@ class Purpose(IntEnum):
     BONUS = 4
 
 
+_STEP_PURPOSES = (Purpose.DRAFT, Purpose.ACCEPT, Purpose.RESIDUAL, Purpose.BONUS)
+
+
 def philox_numpy(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """(..., 4) counters and (..., 2) keys -> (..., 4) words."""
-    c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
-    words = _rounds(c0, c1, c2, c3, key[..., 0].astype(np.uint64), key[..., 1].astype(np.uint64))
-    return np.stack(words, axis=-1).astype(np.uint32)
+    lanes = np.broadcast_shapes(counter.shape[:-1], key.shape[:-1])
+    counters = np.broadcast_to(counter, (*lanes, 4)).reshape(-1, 4).T
+    keys = np.broadcast_to(key, (*lanes, 2)).reshape(-1, 2).T
+    even, odd = _rounds(np.array(counters[0::2], np.uint32), counters[1::2], keys)
+    words = np.empty((even.shape[1], 4), np.uint32)
+    words[:, 0::2], words[:, 1::2] = even.T, odd.T
+    return words.reshape(*lanes, 4)
 
 
 def _rounds(
-    c0: NDArray[np.uint64], c1: NDArray[np.uint64], c2: NDArray[np.uint64],
-    c3: NDArray[np.uint64], k0: NDArray[np.uint64], k1: NDArray[np.uint64],
-) -> tuple[NDArray[np.uint64], ...]:  # fmt: skip
-    """The ten rounds on 32-bit values held in 64-bit words."""
-    shift, low = np.uint64(32), np.uint64(_LOW)
-    m0, m1, w0, w1 = (np.uint64(x) for x in (_M0, _M1, _W0, _W1))
-    for _ in range(10):
-        p0, p1 = c0 * m0, c2 * m1
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & low, (p0 >> shift) ^ c3 ^ k1, p0 & low
-        k0, k1 = (k0 + w0) & low, (k1 + w1) & low
-    return c0, c1, c2, c3
+    even: NDArray[np.uint32], odd: NDArray[np.uint32], key: NDArray[np.uint32]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Counter words 0 and 2 in `even`, which is overwritten, 1 and 3 in `odd`; (2, ..., n) each.
+
+    Pairs side by side make a round three numpy calls. The halves of the 64-bit products are read in
+    place, from two buffers in turn, since a round still reads the low half of the one before.
+    """
+    ones = (1,) * (even.ndim - 1)
+    keys = key + _STEPS.reshape(10, 2, *ones)  # (10, 2, ...); wraps around, as it should
+    multipliers = _MULTIPLIERS.reshape(2, *ones)
+    products = np.empty((2, *even.shape), np.uint64)
+    halves = products.view(np.uint32)[:, ::-1]  # word 0 goes on with the product of word 2
+    low, high = halves[..., _LOW_HALF::2], halves[..., 1 - _LOW_HALF :: 2]
+    for i in range(10):
+        side = i & 1
+        np.multiply(even, multipliers, out=products[side])
+        np.bitwise_xor(high[side], odd, out=even)
+        np.bitwise_xor(even, keys[i], out=even)
+        odd = low[side]
+    return even, odd
 
 
 def philox_torch(counter: Tensor, key: Tensor) -> Tensor:
@@ -68,14 +89,14 @@ def philox_torch(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def uniform(words: NDArray[np.uint64]) -> NDArray[np.float32]:
+def uniform(words: NDArray[np.uint32]) -> NDArray[np.float32]:
     """32-bit words -> [0, 1): their upper 24 bits, exact in float32."""
-    return (words >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+    return (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def log_uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+def log_uniform(words: NDArray[np.uint32]) -> NDArray[np.float64]:
     """32-bit words -> (0, 1) in float64, never 0 or 1: safe under logarithms."""
-    return ((words >> np.uint64(8)).astype(np.float64) + 0.5) * 2.0**-24
+    return ((words >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24
 
 
 def split_seed(seed: int) -> tuple[int, int]:
@@ -128,29 +149,43 @@ class PhiloxNoise(Noise):
     def step(
         self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device
     ) -> StepNoise:
-        purposes = (Purpose.DRAFT, Purpose.ACCEPT, Purpose.RESIDUAL, Purpose.BONUS)
-        keys = np.array([split_seed(s) for s in seeds], dtype=np.uint64)  # (B, 2)
-        shape = (len(purposes), len(seeds), rows)
-        node = np.broadcast_to(np.arange(rows, dtype=np.uint64), shape)
-        where = np.broadcast_to(np.array(positions, dtype=np.uint64)[:, None], shape)
-        purpose = np.broadcast_to(np.array(purposes, dtype=np.uint64)[:, None, None], shape)
-        words = _rounds(
-            np.zeros(shape, dtype=np.uint64), node, where, purpose, keys[:, :1], keys[:, 1:]
-        )
-        return StepNoise(*torch.from_numpy(uniform(words[0])).to(device).unbind(0))
+        B, keys = len(seeds), _keys(seeds)
+        odd = _step_counters(B, rows)
+        even = np.zeros(odd.shape, np.uint32)
+        even[1] = np.array(positions, np.uint32)[:, None]
+        even, _ = _rounds(even, odd, keys.reshape(2, 1, B, 1))
+        return StepNoise(*torch.from_numpy(uniform(even[0])).to(device).unbind(0))
 
     def gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device
     ) -> Tensor:
-        keys = np.array([split_seed(s) for s in seeds], dtype=np.uint64)
-        blocks = -(-vocab // 4)
-        shape = (len(seeds), blocks)
-        word = np.broadcast_to(np.arange(blocks, dtype=np.uint64), shape)
-        where = np.broadcast_to(np.array(positions, dtype=np.uint64)[:, None], shape)
-        zero = np.zeros(shape, dtype=np.uint64)
-        words = _rounds(word, zero, where, zero + int(Purpose.COUPLED), keys[:, :1], keys[:, 1:])
-        u = log_uniform(np.stack(words, axis=-1).reshape(len(seeds), blocks * 4)[:, :vocab])
-        return torch.from_numpy((-np.log(-np.log(u))).astype(np.float32)).to(device)
+        R, blocks = len(seeds), -(-vocab // 4)
+        even = np.empty((2, R, blocks), np.uint32)
+        even[0] = np.arange(blocks, dtype=np.uint32)
+        even[1] = np.array(positions, np.uint32)[:, None]
+        odd = np.full((2, 1, 1), int(Purpose.COUPLED), np.uint32)  # node 0 is the same word
+        even, odd = _rounds(even, odd, _keys(seeds).reshape(2, R, 1))
+        words = np.empty((R, blocks, 4), np.uint32)
+        words[..., 0::2], words[..., 1::2] = even.transpose(1, 2, 0), odd.transpose(1, 2, 0)
+        noise = log_uniform(words.reshape(R, blocks * 4)[:, :vocab])
+        for _ in range(2):  # -log(-log(u)), in place
+            np.negative(np.log(noise, out=noise), out=noise)
+        return torch.from_numpy(noise.astype(np.float32)).to(device)
+
+
+@lru_cache(maxsize=256)
+def _step_counters(B: int, rows: int) -> NDArray[np.uint32]:
+    """Counter words 1 (node) and 3 (purpose) of a step: (2, purposes, B, rows), never written."""
+    odd = np.empty((2, len(_STEP_PURPOSES), B, rows), np.uint32)
+    odd[0] = np.arange(rows)
+    odd[1] = np.array(_STEP_PURPOSES)[:, None, None]
+    odd.flags.writeable = False
+    return odd
+
+
+def _keys(seeds: Sequence[int]) -> NDArray[np.uint32]:
+    """(2, B): low and high words."""
+    return np.array([split_seed(seed) for seed in seeds], np.uint32).T
 
 
 class RecordedNoise(Noise):
@@ -167,12 +202,11 @@ class RecordedNoise(Noise):
         self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device
     ) -> StepNoise:
         del positions
-        order = (Purpose.DRAFT, Purpose.ACCEPT, Purpose.RESIDUAL, Purpose.BONUS)
-        for purpose in order:
+        for purpose in _STEP_PURPOSES:
             held = self._uniforms.get(purpose)
             if held is None or held.shape[0] != len(seeds) or held.shape[1] < rows:
                 raise InvalidArgumentError(f"no {rows} recorded uniforms for {purpose.name}")
-        return StepNoise(*(self._uniforms[p][:, :rows].float().to(device) for p in order))
+        return StepNoise(*(self._uniforms[p][:, :rows].float().to(device) for p in _STEP_PURPOSES))
 
     def gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device

@@ -14,7 +14,14 @@ from specdec.attention import Recorder, Segment, Step
 from specdec.backend import Window
 from specdec.cache import CachedSequence, CacheGroup, Paged
 from specdec.errors import InvalidArgumentError, UnsupportedModelError
-from specdec.forward import CapturedForward, CaptureError, ModuleForward, PackedLinears
+from specdec.forward import (
+    CapturedForward,
+    CaptureError,
+    ModuleForward,
+    PackedLinears,
+    Rows,
+    release_packed,
+)
 from specdec.selftest import prove
 
 
@@ -48,17 +55,20 @@ class ModelRunner:
 
     exact=False allows a float32 copy of a small half-precision model on the CPU, where that is
     quicker: right for a draft, whose law is kept as it was sampled and owes nobody a dtype.
+    rows: "one" where most passes have one row (plain decoding, a draft's chain), "several" where
+    they verify; it decides how weights are laid out, never what is computed.
     """
 
-    def __init__(self, model: PreTrainedModel, *, exact: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, exact: bool = True, rows: Rows = "several"
+    ) -> None:
         """Raises UnsupportedModelError for a class that cannot be run on packed rows."""
         check_supported(model)
-        self._source, self._exact = model, exact
+        self._source, self._exact, self._rows = model, exact, rows
         self.model = model if exact else _quick_copy(model)
         self.device = model.device
-        text = model.config.get_text_config()
-        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
-        self._prepared = _prepare(model, self.max_positions)
+        self.max_positions = _exact_context(model)
+        self._prepared = _prepare(self.model, self.max_positions, self._rows)
         self.vocab_size: int = self._prepared.vocab_size
         self._memory: Paged | None = None
         self._positions = torch.arange(self.max_positions or 65536, device=self.device)
@@ -86,15 +96,18 @@ class ModelRunner:
         if not self._exact:
             self.model = _quick_copy(self._source)
         if self._prepared.versions != _versions(self.model):
-            self._prepared = _prepare(self.model, self.max_positions)
+            self._prepared = _prepare(self.model, self.max_positions, self._rows)
 
     def release_weights(self) -> int:
         """Drops the originals that packed copies stand in for; returns the bytes freed.
 
         The model's own forward and state_dict() no longer work afterwards.
         """
-        packed = self._prepared.packed
-        freed = packed.release() if packed is not None else 0
+        if self.device.type != "cpu":
+            raise InvalidArgumentError(
+                "release_weights=True: weights are packed on the CPU only; leave it out"
+            )
+        freed = release_packed(self.model)
         self._prepared.versions = _versions(self.model)
         return freed
 
@@ -110,30 +123,31 @@ class ModelRunner:
             begin += segment.rows
             keep.append(range(begin - row.keep, begin))
         kept = [index for span in keep for index in span]
-        whole = len(kept) == begin and begin <= self._positions.shape[0]
-        keep_rows = self._positions[:begin] if whole else torch.tensor(kept, device=self.device)
-        step = Step(self._memory, segments, self._prepared.windows)
+        everything = len(kept) == begin and begin <= self._positions.shape[0]
         logits = self._prepared.forward(
             (torch.cat(ids) if len(ids) > 1 else ids[0])[None],
             (torch.cat(positions) if len(positions) > 1 else positions[0])[None],
-            keep_rows,
-            step,
+            self._positions[:begin] if everything else torch.tensor(kept, device=self.device),
+            Step(self._memory, segments, self._prepared.windows),
         )
         for row, segment in zip(rows, segments, strict=True):
             row.cache.computed[self] = segment.context + segment.rows
         return logits
 
+    def _ids(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self.device)
+
     def _lay_out(self, row: SequenceRows) -> tuple[Segment, Tensor, Tensor]:
         context = row.cache.computed_len(self)
         chain = len(row.tokens)
         if row.nodes is None or row.nodes.shape[0] == 0:
-            ids = torch.tensor(row.tokens, device=self.device)
+            ids = self._ids(row.tokens)
             segment = Segment(chain, context, row.cache.table)
             return segment, ids, self._positions[context : context + chain]
         count = chain + row.nodes.shape[0]
         ids = row.nodes
         if chain:
-            ids = torch.cat((torch.tensor(row.tokens, device=self.device), ids))
+            ids = torch.cat((self._ids(row.tokens), ids))
         if row.parents is None:
             segment = Segment(count, context, row.cache.table)
             return segment, ids, self._positions[context : context + count]
@@ -169,16 +183,17 @@ class _Prepared:
     shapes: list[Any]
     windows: dict[int, Window]
     vocab_size: int
-    packed: PackedLinears | None
-    versions: tuple[tuple[int, int], ...]
+    versions: "_Versions"
 
 
 # A model is prepared and proved once, however often it is wrapped.
-_PREPARED: "WeakKeyDictionary[PreTrainedModel, _Prepared]" = WeakKeyDictionary()
+_PREPARED: "WeakKeyDictionary[PreTrainedModel, dict[Rows, _Prepared]]" = WeakKeyDictionary()
 
+
+_Versions = tuple[tuple[int, int, int], ...]
 
 # Copies made by _quick_copy, each with the state of the original it was made from.
-_COPIES: "WeakKeyDictionary[PreTrainedModel, tuple[tuple[tuple[int, int], ...], PreTrainedModel]]"
+_COPIES: "WeakKeyDictionary[PreTrainedModel, tuple[_Versions, PreTrainedModel]]"
 _COPIES = WeakKeyDictionary()
 _QUICK_COPY_PARAMETERS = 1 << 23
 
@@ -195,12 +210,29 @@ def _quick_copy(model: PreTrainedModel) -> PreTrainedModel:
     return known[1]
 
 
-def _versions(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    return tuple((id(p), p._version) for p in model.parameters())
+def _versions(model: PreTrainedModel) -> _Versions:
+    """Changes with every weight that is written in place, replaced or given other data."""
+    return tuple((id(p), p._version, p.data_ptr()) for p in model.parameters())
 
 
-def _prepare(model: PreTrainedModel, max_positions: int | None) -> _Prepared:
-    known = _PREPARED.get(model)
+def _exact_context(model: PreTrainedModel) -> int | None:
+    """The longest context in which a row's logits do not depend on how rows share a pass."""
+    text = model.config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None)]
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):
+        # beyond this length the whole pass changes its frequencies with its longest row
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+    # Llama 4 counts the rows of a pass, not positions, from here on (attention temperature)
+    if getattr(text, "attn_temperature_tuning", False) and hasattr(text, "floor_scale"):
+        limits.append(int(text.floor_scale) - 1)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _prepare(model: PreTrainedModel, max_positions: int | None, layout: Rows) -> _Prepared:
+    prepared_for = _PREPARED.setdefault(model, {})
+    known = prepared_for.get(layout)
     if known is not None and known.versions == _versions(model):
         return known
     if model.training:
@@ -214,10 +246,21 @@ def _prepare(model: PreTrainedModel, max_positions: int | None) -> _Prepared:
             "interface; specdec needs every layer from 0 on to do so"
         )
     windows = {window.size: window for window in recorder.windows}
-    forward, note, packed = _choose_forward(own, windows, max_positions)
-    prove(model, forward, shapes, windows)
-    prepared = _Prepared(forward, note, shapes, windows, vocab_size, packed, _versions(model))
-    _PREPARED[model] = prepared
+    if len(windows) < len(recorder.windows):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a sliding and a chunked window of the same size"
+        )
+    forward, note = _choose_forward(own, windows, max_positions, layout)
+    try:
+        prove(model, forward, shapes, windows)
+    except (RuntimeError, UnsupportedModelError) as error:
+        if isinstance(forward, ModuleForward):
+            raise
+        forward = ModuleForward(model, PackedLinears(model))
+        note = f"not captured: its replay failed the proof: {error}"
+        prove(model, forward, shapes, windows)
+    prepared = _Prepared(forward, note, shapes, windows, vocab_size, _versions(model))
+    prepared_for[layout] = prepared
     return prepared
 
 
@@ -226,7 +269,16 @@ def _record(own: ModuleForward) -> tuple[Recorder, int]:
     device = own.model.device
     ids = torch.ones(1, 3, dtype=torch.long, device=device)
     rows = torch.arange(3, device=device)
-    logits = own(ids, rows[None], rows, recorder)
+    try:
+        logits = own(ids, rows[None], rows, recorder)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # its own code computes with the mask that a packed pass does not have
+        reason = f"its forward raised {type(error).__name__}: {error}"
+        if not getattr(own.model, "_supports_attention_backend", True):
+            reason = "it does not attend through transformers' attention interface"
+        raise UnsupportedModelError(
+            f"{type(own.model).__name__} cannot run on packed rows: {reason}"
+        ) from error
     if not recorder.shapes:
         raise UnsupportedModelError(
             f"{type(own.model).__name__} does not attend through transformers' attention "
@@ -236,16 +288,15 @@ def _record(own: ModuleForward) -> tuple[Recorder, int]:
 
 
 def _choose_forward(
-    own: ModuleForward, windows: dict[int, Window], max_positions: int | None
-) -> tuple[ModuleForward | CapturedForward, str, PackedLinears | None]:
+    own: ModuleForward, windows: dict[int, Window], max_positions: int | None, layout: Rows
+) -> tuple[ModuleForward | CapturedForward, str]:
     """The quickest forward that this model and device allow, and why not a quicker one."""
     if own.model.device.type != "cpu":
-        return own, "capture is for the CPU", None
-    packed = PackedLinears(own.model)
+        return own, "capture is for the CPU"
     try:
-        return CapturedForward(own, windows, max_positions), "", packed
+        return CapturedForward(own, windows, max_positions, layout), ""
     except CaptureError as error:
-        return ModuleForward(own.model, packed), f"not captured: {error}", packed
+        return ModuleForward(own.model, PackedLinears(own.model)), f"not captured: {error}"
 
 
 def check_supported(model: Any) -> None:

@@ -54,7 +54,7 @@ class SamplingParams:
         processors = LogitsProcessorList(self.processors or [])
         if self.temperature > 0:
             if self.temperature != 1:
-                processors.append(hf.TemperatureLogitsWarper(self.temperature))
+                processors.append(hf.TemperatureLogitsWarper(float(self.temperature)))
             if self.top_k > 0:
                 processors.append(hf.TopKLogitsWarper(self.top_k))
             if self.top_p < 1:
@@ -62,6 +62,11 @@ class SamplingParams:
             if self.min_p > 0:
                 processors.append(hf.MinPLogitsWarper(self.min_p))
         return Law(processors, greedy=self.temperature == 0)
+
+
+def _counts_padding(processor: Any) -> bool:
+    ignores_tokens = isinstance(getattr(processor, "prompt_ignore_length", None), int)
+    return isinstance(processor, _BY_LENGTH) or ignores_tokens
 
 
 def _require(ok: bool, name: str, value: object, accepted: str) -> None:
@@ -111,7 +116,7 @@ class Law:
                 continue
             if rows is None:
                 rows = paths()
-            extra = [0] * padding if isinstance(processor, _BY_LENGTH) else []
+            extra = [0] * padding if _counts_padding(processor) else []
             scores = torch.cat(
                 [
                     processor(

@@ -72,6 +72,8 @@ def _with_short_window(model: PreTrainedModel) -> PreTrainedModel:
         count = max(kinds.index(kind) for kind in set(kinds)) + 1
         text.layer_types = kinds[:count]
         text.num_hidden_layers = count
+    else:
+        text.num_hidden_layers = min(text.num_hidden_layers, 2)
     if getattr(text, "max_window_layers", None) is not None:
         text.max_window_layers = min(text.max_window_layers, text.num_hidden_layers)
     # A generator of its own would not reach the model's initialisers: put the global one back.

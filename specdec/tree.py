@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -66,12 +66,16 @@ class TokenTree:
         pairs = list(zip(parents, values.tolist(), strict=True))
         if len(set(pairs)) != len(pairs):
             raise InvalidArgumentError("two nodes have the same path; duplicates are proposals")
-        draws = None
-        if proposals is not None:
-            for proposal in proposals:
-                if pairs[proposal.node] != (proposal.parent, proposal.token):
-                    raise InvalidArgumentError(f"{proposal} does not name its node's path")
-            draws = tuple((p.node, p.law) for p in proposals)
+        if proposals is None:
+            if laws is not None and laws.shape[0] != len(parents):
+                raise InvalidArgumentError(f"{laws.shape[0]} laws: expected one per node, or draws")
+            return TokenTree(values, tuple(parents), laws)
+        rows = 0 if laws is None else laws.shape[0]
+        for proposal in proposals:
+            _check_proposal(proposal, pairs, rows)
+        if {proposal.node for proposal in proposals} != set(range(len(pairs))):
+            raise InvalidArgumentError("a node that nothing proposed: every node is a draw")
+        draws = tuple((p.node, p.law) for p in proposals)
         return TokenTree(values, tuple(parents), laws, draws)
 
     @staticmethod
@@ -87,6 +91,8 @@ class TokenTree:
     @staticmethod
     def merge(trees: Sequence["TokenTree"]) -> "TokenTree":
         """The union by full path; proposals stay in order of the trees and of their draws."""
+        if not trees:
+            raise InvalidArgumentError("merge needs at least one tree; TokenTree.empty is one")
         index: dict[tuple[int, int], int] = {}
         tokens: list[int] = []
         parents: list[int] = []
@@ -151,6 +157,19 @@ class TokenTree:
 
     def __len__(self) -> int:
         return len(self.parents)
+
+
+def _check_proposal(proposal: Proposal, pairs: list[tuple[int, int]], rows: int) -> None:
+    """pairs: (parent, token) of every node; rows: stored laws."""
+    node, (kind, row) = proposal.node, proposal.law
+    if not 0 <= node < len(pairs) or pairs[node] != (proposal.parent, proposal.token):
+        raise InvalidArgumentError(f"{proposal} does not name its node's path")
+    if kind not in get_args(Kind):
+        raise InvalidArgumentError(f"{proposal}: expected a law of {', '.join(get_args(Kind))}")
+    if (row is None) != (kind == "point") or (row is not None and not 0 <= row < rows):
+        raise InvalidArgumentError(
+            f"{proposal}: expected no row for a point mass, else one of {rows} laws"
+        )
 
 
 @lru_cache(maxsize=512)

@@ -31,6 +31,9 @@ class Verdict:
         return len(self.path)
 
 
+Answer = tuple[tuple[int, ...], tuple[int, ...]]  # emitted tokens, accepted nodes
+
+
 class Verifier:
     """Scores every tree of the batch in one target pass and applies one lossless rule to each.
 
@@ -47,14 +50,17 @@ class Verifier:
         self.runner, self.group, self.rule, self.drafts = runner, group, rule, drafts
         runner.join(group)
 
+    def check_law(self, law: Law) -> None:
+        """Raises InvalidArgumentError for a law that the rule cannot judge."""
+        if self.rule == "greedy" and not law.greedy:
+            raise InvalidArgumentError(
+                "verification='greedy' needs temperature 0; use 'auto', 'block' or 'token'"
+            )
+
     def rule_for(self, law: Law, trees: Items[TokenTree]) -> str:
         """The rule that judges these trees of sequences sampled by this law."""
         if law.greedy:
             return "greedy"
-        if self.rule == "greedy":
-            raise InvalidArgumentError(
-                "verification='greedy' needs temperature 0; use 'auto', 'block' or 'token'"
-            )
         if self.rule != "auto":
             return self.rule
         if not self.drafts:
@@ -62,21 +68,20 @@ class Verifier:
         return "block" if any(tree.laws is not None for tree in trees) else "token"
 
     def verify(
-        self, sequences: Items[Sequence], trees: Items[TokenTree], noise: Noise, step: int
+        self, sequences: Items[Sequence], trees: Items[TokenTree], noise: Noise
     ) -> list[Verdict]:
-        """One target pass; commits the accepted paths to the cache. step: for error messages."""
+        """One target pass; commits the accepted paths to the cache."""
         logits = self.runner.score(
             [self._rows(s, t) for s, t in zip(sequences, trees, strict=True)]
         )
         counts = [len(tree) + 1 for tree in trees]
         verdicts: list[Verdict | None] = [None] * len(sequences)
-        for members in _groups(sequences):
+        for members in _groups(sequences, trees):
             every = len(members) == len(sequences)
             parts = logits.split(counts)
             rows = logits if every else torch.cat([parts[i] for i in members])
             chosen, its_trees = [sequences[i] for i in members], [trees[i] for i in members]
-            outcome, batch = self._judge(chosen, its_trees, rows, noise)
-            answers = _to_host(outcome, batch, step)
+            answers = self._judge(chosen, its_trees, rows, noise)
             for i, (tokens, path), part in zip(
                 members, answers, (parts[i] for i in members), strict=True
             ):
@@ -94,15 +99,15 @@ class Verifier:
 
     def _judge(
         self, sequences: Items[Sequence], trees: Items[TokenTree], logits: Tensor, noise: Noise
-    ) -> tuple[Outcome, TreeBatch]:
-        """The rule's outcome for sequences that share one law; logits (R, V), root rows first."""
+    ) -> list[Answer]:
+        """The rule's answers for sequences that share one law; logits (R, V), root rows first."""
         law = sequences[0].law
         batch = TreeBatch.of(trees)
         paths, padding = _paths(sequences, trees), sequences[0].left_padding
         rule = self.rule_for(law, trees)
         if rule == "greedy":
             best = law.best(logits, paths, padding)
-            return batched.greedy(batch, best, logits), batch
+            return _to_host(batched.greedy(batch, best, logits), batch, sequences, None)
         p = law.probabilities(logits, paths, padding)
         seeds = [s.seed for s in sequences]
         device = logits.device
@@ -115,21 +120,25 @@ class Verifier:
             gumbel = noise.gumbel(
                 [seed for seed, _ in where], [at for _, at in where], p.shape[1], device
             )
-            return batched.gumbel(batch, p, gumbel), batch
+            return _to_host(batched.gumbel(batch, p, gumbel), batch, sequences, None)
         positions = [len(s.tokens) for s in sequences]
         coins = noise.step(seeds, positions, max(len(tree) for tree in trees) + 1, device)
         laws = [tree.laws for tree in trees if tree.laws is not None]
         q = None if not laws else laws[0] if len(laws) == 1 else torch.cat(laws)
         function = batched.block if rule == "block" else batched.token
-        return function(batch, p, q, coins), batch
+        return _to_host(function(batch, p, q, coins), batch, sequences, q)
 
 
-def _groups(sequences: Items[Sequence]) -> list[list[int]]:
-    """Indices of the sequences that can be judged together: same law, same padding if it counts."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, sequence in enumerate(sequences):
+def _groups(sequences: Items[Sequence], trees: Items[TokenTree]) -> list[list[int]]:
+    """Indices that can be judged together: same law, same kind of draws, same padding if it counts.
+
+    Point masses have no stored rows, so they do not share a call with sampled drafts.
+    """
+    groups: dict[tuple[int, int, bool], list[int]] = {}
+    for index, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
         padding = sequence.left_padding if sequence.law.by_path else 0
-        groups.setdefault((id(sequence.law), padding), []).append(index)
+        is_point = len(tree) > 0 and tree.laws is None
+        groups.setdefault((id(sequence.law), padding, is_point), []).append(index)
     return list(groups.values())
 
 
@@ -150,23 +159,23 @@ def _paths(sequences: Items[Sequence], trees: Items[TokenTree]) -> Callable[[], 
 
 
 def _to_host(
-    outcome: Outcome, batch: TreeBatch, step: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(emitted tokens, accepted nodes) per sequence: the step's one synchronisation."""
+    outcome: Outcome, batch: TreeBatch, sequences: Items[Sequence], q: Tensor | None
+) -> list[Answer]:
+    """One answer per sequence: the step's one synchronisation. q: the drafter's laws."""
+    valid = outcome.valid.long()
+    if q is not None:  # bit 1: a drafter's NaN would pass for a law
+        valid = valid + 2 * q.sum().isnan()
     packed = torch.cat(
-        (
-            outcome.valid.long()[:, None], outcome.accepted[:, None], outcome.path, outcome.tokens,
-        ),
-        dim=1,
-    ).tolist()  # fmt: skip
+        (valid[:, None], outcome.accepted[:, None], outcome.path, outcome.tokens), dim=1
+    ).tolist()
     depth = outcome.path.shape[1]
-    answers = []
-    for row, first_row in zip(packed, batch.row_offsets, strict=False):
-        valid, accepted = row[0], row[1]
-        if not valid:
+    answers: list[Answer] = []
+    for row, first_row, sequence in zip(packed, batch.row_offsets, sequences, strict=False):
+        sound, accepted = row[0], row[1]
+        if sound != 1:
             raise NumericalError(
-                f"the target's logits hold NaN or infinity at step {step}; check the weights "
-                "and the dtype"
+                f"the {'draft' if sound > 1 else 'target'}'s logits hold NaN or infinity at step "
+                f"{sequence.stats.steps} of {sequence.request_id}; check its weights and dtype"
             )
         path = tuple(r - first_row - 1 for r in row[2 : 2 + accepted])
         answers.append((tuple(row[2 + depth : 3 + depth + accepted]), path))

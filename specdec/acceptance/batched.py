@@ -25,6 +25,7 @@ class _Layout:
     lengths: tuple[int, ...]  # nodes per sequence
     depth: int  # of the deepest tree
     is_chain: bool
+    is_even: bool  # chains of one length: packed tensors are padded ones, seen through a view
     roots: Tensor  # (B,) packed rows
     counts: Tensor  # (B,) nodes
     parent_rows: Tensor  # (nodes,) packed row of each node's parent
@@ -33,8 +34,12 @@ class _Layout:
     row_sequence: Tensor  # (R,)
     depths: Tensor  # (nodes,) 1 below the root
     chain_rows: Tensor  # (B, depth + 1) packed rows along each chain, its last one repeated
-    chain_nodes: Tensor  # (B, depth) node numbers in the packed (nodes,) order, 0 past the end
+    nodes: Tensor  # (nodes,) 0, 1, 2, ...
+    chain_nodes: Tensor  # (B, depth + 1) packed number of the node below that row, 0 past the end
     inside: Tensor  # (B, depth) bool: whether the chain reaches that depth
+    is_last: Tensor  # (B, depth) bool: whether the chain ends there
+    steps: Tensor  # (depth + 1,) 0, 1, 2, ...
+    blank: Tensor  # (B, 1) of -1
 
 
 @lru_cache(maxsize=256)
@@ -48,29 +53,35 @@ def _layout(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> _Layou
     depth = max(depths, default=0)
     along = range(depth + 1)
 
-    def tensor(values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
+    def tensor(values: object, *shape: int) -> Tensor:
+        found = torch.tensor(values, dtype=torch.long, device=device)
+        return found.view(shape) if shape else found
 
     starts = list(zip(row_offsets, node_offsets, lengths, strict=False))
+    B = len(shapes)
+    is_chain = all(parents == chain_parents(len(parents)) for parents in shapes)
     return _Layout(
-        tuple(row_offsets),
-        lengths,
-        depth,
-        all(parents == chain_parents(len(parents)) for parents in shapes),
-        tensor(row_offsets[:-1]),
-        tensor(lengths),
-        tensor(
+        row_offsets=tuple(row_offsets),
+        lengths=lengths,
+        depth=depth,
+        is_chain=is_chain,
+        is_even=is_chain and len(set(lengths)) == 1,
+        roots=tensor(row_offsets[:-1]),
+        counts=tensor(lengths),
+        parent_rows=tensor(
             [r + p + 1 for (r, _, _), parents in zip(starts, shapes, strict=True) for p in parents]
         ),
-        tensor([r + i + 1 for r, _, n in starts for i in range(n)]),
-        tensor([b for b, n in enumerate(lengths) for _ in range(n)]),
-        tensor([b for b, n in enumerate(lengths) for _ in range(n + 1)]),
-        tensor(depths),
-        tensor([[r + min(i, n) for i in along] for r, _, n in starts]),
-        tensor([[o + i if i < n else 0 for i in range(depth)] for _, o, n in starts]).view(
-            len(shapes), depth
-        ),
-        tensor([[i < n for i in range(depth)] for n in lengths]).view(len(shapes), depth).bool(),
+        node_rows=tensor([r + i + 1 for r, _, n in starts for i in range(n)]),
+        sequence=tensor([b for b, n in enumerate(lengths) for _ in range(n)]),
+        row_sequence=tensor([b for b, n in enumerate(lengths) for _ in range(n + 1)]),
+        depths=tensor(depths),
+        chain_rows=tensor([[r + min(i, n) for i in along] for r, _, n in starts]),
+        nodes=tensor(range(node_offsets[-1])),
+        chain_nodes=tensor([[o + i if i < n else 0 for i in along] for _, o, n in starts]),
+        inside=tensor([[i < n for i in range(depth)] for n in lengths], B, depth).bool(),
+        is_last=tensor([[i == n - 1 for i in range(depth)] for n in lengths], B, depth).bool(),
+        steps=tensor(along),
+        blank=tensor([[-1]] * B),
     )
 
 
@@ -116,7 +127,7 @@ def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
 def greedy(batch: TreeBatch, best: Tensor, logits: Tensor) -> Outcome:
     """Follows the target's argmax down the tree. best (R,) of logits (R, V), any tree."""
     peak = logits.gather(1, best[:, None]).squeeze(1)  # argmax lands on a NaN where there is one
-    return _walk(batch, best, torch.isfinite(peak))
+    return _walk(batch, best, peak - peak == 0)
 
 
 def gumbel(batch: TreeBatch, p: Tensor, noise: Tensor) -> Outcome:
@@ -128,18 +139,19 @@ def gumbel(batch: TreeBatch, p: Tensor, noise: Tensor) -> Outcome:
 def _walk(batch: TreeBatch, best: Tensor, row_valid: Tensor) -> Outcome:
     """Emits best at each visited row; goes on to the child that carries it, if there is one."""
     layout, tokens = batch.layout, batch.tokens
+    if layout.depth == 0:  # plain decoding
+        path = layout.chain_rows[:, 1:]
+        return Outcome(torch.zeros_like(best), best[:, None], path, row_valid)
     if layout.is_chain:
-        rows = layout.chain_rows
-        chosen = best[rows]
-        if layout.depth == 0:
-            accepted = torch.zeros_like(layout.roots)
-        else:
-            drafted = tokens[layout.chain_nodes]
-            agree = (drafted == chosen[:, :-1]) & layout.inside
-            accepted = agree.cumprod(1).sum(1)
-        return _chain_outcome(
-            batch, accepted, chosen.gather(1, accepted[:, None]), row_valid[rows].all(1)
-        )
+        chosen = _by_row(layout, best)  # (B, depth + 1)
+        agree = _by_node(layout, tokens) == chosen[:, :-1]
+        if not layout.is_even:
+            agree &= layout.inside
+        accepted = agree.cumprod(1).sum(1)
+        passed = layout.steps <= accepted[:, None]
+        emitted = torch.where(passed, chosen, -1)
+        path = torch.where(passed[:, 1:], layout.chain_rows[:, 1:], -1)
+        return Outcome(accepted, emitted, path, _by_row(layout, row_valid).all(1))
     hit = tokens == best[layout.parent_rows]
     alive = torch.zeros(layout.row_offsets[-1], dtype=torch.bool, device=best.device)
     alive[layout.roots] = True
@@ -171,16 +183,13 @@ def token(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
     layout = _require_chain(batch, "token")
     if layout.depth == 0:
         return _extra_only(batch, p, noise)
-    drafted = batch.tokens[layout.chain_nodes]  # (B, G)
-    rows = layout.chain_rows
-    p_drafted = p[rows[:, :-1], drafted]
-    q_drafted = 1.0 if q is None else q[layout.chain_nodes, drafted]
+    p_drafted, q_drafted = _drafted(batch, p, q)
     coins = noise.accept[:, 1 : layout.depth + 1]
     # u * q < p rather than u < p / q: q may be tiny, and u in [0, 1) must never accept p == 0
-    keep = (coins * q_drafted < p_drafted) & layout.inside
-    accepted = keep.long().cumprod(1).sum(1)
-    weight = torch.ones_like(p[:1, :1]).expand(len(layout.lengths), 1)
-    return _finish(batch, p, q, accepted, weight, noise)
+    keep = (coins if q_drafted is None else coins * q_drafted) < p_drafted
+    if not layout.is_even:
+        keep &= layout.inside
+    return _finish(batch, p, q, keep.cumprod(1).sum(1), None, noise)
 
 
 def block(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Outcome:
@@ -188,84 +197,102 @@ def block(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
     layout = _require_chain(batch, "block")
     if layout.depth == 0:
         return _extra_only(batch, p, noise)
-    rows = layout.chain_rows
-    drafted = batch.tokens[layout.chain_nodes]
-    p_drafted = p[rows[:, :-1], drafted]
-    q_drafted = torch.ones_like(p_drafted) if q is None else q[layout.chain_nodes, drafted]
-    ratios = p_drafted / q_drafted
-    kept: list[Tensor] = [torch.ones_like(ratios[:, 0])]
-    for i in range(layout.depth):  # clipped at every step, not only at the end
-        kept.append((kept[-1] * ratios[:, i]).clamp_max(1))
-    weights = torch.stack(kept, 1)  # (B, G + 1), w_0 = 1
+    p_drafted, q_drafted = _drafted(batch, p, q)
+    weights = _weights(p_drafted, q_drafted).to(p.dtype)
     # h_i for 1 <= i < g needs the residual mass of the next position; h_g = w_g.
-    residual = torch.zeros_like(weights)
-    if layout.depth > 1:
-        nodes = layout.chain_nodes[:, 1:]
-        inner = p[rows[:, 1:-1]] * weights[:, 1:-1, None]  # (B, G - 1, V)
-        if q is None:
-            inner = inner.sum(-1) - torch.minimum(
-                inner.gather(2, drafted[:, 1:, None]).squeeze(2), torch.ones_like(inner[..., 0])
-            )
-            residual[:, 1:-1] = inner
-        else:
-            residual[:, 1:-1] = (inner - q[nodes]).clamp_min_(0).sum(-1)
-    slack = residual + (1 - weights)
-    h = torch.where(slack > 0, residual / slack, 1.0)
-    steps = torch.arange(layout.depth + 1, device=p.device)
-    last = layout.counts[:, None]
-    h = torch.where(steps == last, weights, h)
-    coins = noise.accept[:, : layout.depth + 1]
-    success = (coins < h) & (steps >= 1) & (steps <= last)
+    inner = weights[:, 1:-1]
+    if q is None:
+        mass = inner * (1 - p_drafted[:, 1:])
+    else:
+        residual = _by_row(layout, p)[:, 1:-1] * inner[..., None]  # (B, depth - 1, V)
+        mass = residual.sub_(_by_node(layout, q)[:, 1:]).clamp_min_(0).sum(-1)
+    h = torch.cat((mass / (mass + (1 - inner)), weights[:, -1:]), 1)
+    if not layout.is_even:
+        h = torch.where(layout.is_last, weights[:, 1:], h)
+    # Not u < h: where both masses are zero h is NaN, and the definition accepts.
+    success = (noise.accept[:, 1 : layout.depth + 1] >= h).logical_not_()
+    if not layout.is_even:
+        success &= layout.inside
     # the LARGEST success: the coins are independent, and a failed one stops nothing
-    accepted = (success * steps).amax(1)
-    weight = weights.gather(1, accepted[:, None])
-    return _finish(batch, p, q, accepted, weight, noise)
+    accepted = (success * layout.steps[1:]).amax(1)
+    return _finish(batch, p, q, accepted, weights.gather(1, accepted[:, None]), noise)
+
+
+def _weights(p_drafted: Tensor, q_drafted: Tensor | None) -> Tensor:
+    """(B, depth + 1) float64: w_0 = 1, w_i = min(w_{i-1} p_i / q_i, 1), clipped at every step.
+
+    Products, not sums of logarithms: a coin that ties with an exact weight then decides as in the
+    definition. float64, where p / q of two float32 numbers cannot overflow.
+    """
+    ratios = p_drafted.double()
+    if q_drafted is not None:
+        ratios = ratios / q_drafted
+    weights = [torch.ones_like(ratios[:, 0])]
+    for ratio in ratios.unbind(1):
+        weights.append((weights[-1] * ratio).clamp_max_(1))
+    return torch.stack(weights, 1)
+
+
+def _by_row(layout: _Layout, packed: Tensor) -> Tensor:
+    """(R, ...) packed rows of chains -> (B, depth + 1, ...); repeats a shorter chain's last row."""
+    if layout.is_even:
+        return packed.view(layout.chain_rows.shape + packed.shape[1:])
+    return packed[layout.chain_rows]
+
+
+def _by_node(layout: _Layout, packed: Tensor) -> Tensor:
+    """(nodes, ...) packed nodes of chains -> (B, depth, ...); past the end of a chain anything."""
+    if layout.is_even:
+        return packed.view(layout.inside.shape + packed.shape[1:])
+    return packed[layout.chain_nodes[:, :-1]]
+
+
+def _drafted(batch: TreeBatch, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(B, depth) each: what target and drafter gave the drafted tokens; None stands for one."""
+    layout = batch.layout
+    where = torch.add(batch.tokens, layout.parent_rows, alpha=p.shape[1])
+    p_drafted = _by_node(layout, p.reshape(-1).index_select(0, where))
+    if q is None:
+        return p_drafted, None
+    where = torch.add(batch.tokens, layout.nodes, alpha=q.shape[1])
+    return p_drafted, _by_node(layout, q.reshape(-1).index_select(0, where))
 
 
 def _finish(
-    batch: TreeBatch, p: Tensor, q: Tensor | None, accepted: Tensor, weight: Tensor,
+    batch: TreeBatch, p: Tensor, q: Tensor | None, accepted: Tensor, weight: Tensor | None,
     noise: StepNoise,
 ) -> Outcome:  # fmt: skip
-    """The extra token: from [w p - q]+ at the first row not passed, from p behind a full chain."""
-    layout = batch.layout
-    at = accepted[:, None]
-    law = p[layout.chain_rows.gather(1, at).squeeze(1)]  # (B, V)
-    complete = at >= layout.counts[:, None]
-    next_node = layout.chain_nodes.gather(1, at.clamp_max(layout.depth - 1)).squeeze(1)
+    """The extra token: from [w p - q]+ at the first row not passed, from p behind a full chain.
+    weight (B, 1), None: one."""
+    layout, at = batch.layout, accepted[:, None]
+    law = p.index_select(0, layout.roots + accepted)  # (B, V); a chain's rows lie side by side
+    complete = at == layout.counts[:, None]
+    next_node = layout.chain_nodes.gather(1, at).squeeze(1)
+    residual = law.clone() if weight is None else law * weight
     if q is None:
-        removed = torch.zeros_like(law).scatter_(1, batch.tokens[next_node][:, None], 1.0)
+        residual.scatter_(1, batch.tokens.index_select(0, next_node)[:, None], 0.0)
     else:
-        removed = q[next_node]
-    residual = (weight * law - removed).clamp_min_(0)
+        residual.sub_(q.index_select(0, next_node)).clamp_min_(0)
     # A residual without mass arises only from rounding, where q == p: p itself is then right.
     use_p = complete | (residual.sum(-1, keepdim=True) <= 0)
-    weights = torch.where(use_p, law, residual)
     coin = torch.where(complete, noise.bonus.gather(1, at), noise.residual.gather(1, at))
-    extra = sample(weights, coin.squeeze(1))
-    return _chain_outcome(batch, accepted, extra[:, None], _is_law(p)[layout.chain_rows].all(1))
+    extra = sample(torch.where(use_p, law, residual), coin.squeeze(1))
+    passed = layout.steps[:-1] < at
+    line = torch.where(passed, _by_node(layout, batch.tokens), -1)
+    emitted = torch.cat((line, layout.blank), 1).scatter_(1, at, extra[:, None])
+    path = torch.where(passed, layout.chain_rows[:, 1:], -1)
+    return Outcome(accepted, emitted, path, _by_row(layout, _is_law(p)).all(1))
 
 
 def _extra_only(batch: TreeBatch, p: Tensor, noise: StepNoise) -> Outcome:
     extra = sample(p, noise.bonus[:, 0])
-    return _chain_outcome(batch, torch.zeros_like(extra), extra[:, None], _is_law(p))
-
-
-def _chain_outcome(batch: TreeBatch, accepted: Tensor, extra: Tensor, valid: Tensor) -> Outcome:
-    layout = batch.layout
-    at = accepted[:, None]
-    if layout.depth == 0:
-        return Outcome(accepted, extra, layout.chain_nodes, valid)
-    steps = torch.arange(layout.depth + 1, device=at.device)
-    drafted = batch.tokens[layout.chain_nodes]
-    line = torch.cat((drafted, extra), 1)
-    emitted = torch.where(steps < at, line, torch.where(steps == at, extra, -1))
-    path = torch.where(steps[:-1] < at, layout.chain_rows[:, 1:], -1)
-    return Outcome(accepted, emitted, path, valid)
+    path = batch.layout.chain_rows[:, 1:]
+    return Outcome(torch.zeros_like(extra), extra[:, None], path, _is_law(p))
 
 
 def _is_law(p: Tensor) -> Tensor:
     """(R,) whether each row sums to one; NaN and infinity do not."""
-    return (p.sum(-1) - 1).abs() < 1e-3
+    return p.sum(-1).sub_(1).abs_() < 1e-3
 
 
 def _require_chain(batch: TreeBatch, rule: str) -> _Layout:

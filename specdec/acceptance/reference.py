@@ -1,8 +1,8 @@
 """The definition of each acceptance rule, in plain Python on floats or fractions.
 
-A node has `.p`, the target's law there, and `.proposals`, a list of (token, q, child) in draw order,
-q being the law that token was drawn from given everything drawn before it. Written for reading and
-for exact enumeration; batched.py is what runs.
+A node has `.p`, the target's law there, and `.proposals`, a list of (token, q, child) in draw
+order, q being the law that token was drawn from given everything drawn before it. Written for
+reading and for exact enumeration; batched.py is what runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def verify(
     if params:
         raise InvalidArgumentError(f"rule {rule!r} takes no parameter {sorted(params)[0]!r}")
     del lossy  # every rule here is lossless
-    _check(rule, root, "root")
+    _check(rule, root)
     return _RULES[rule](root, rng)
 
 
@@ -166,23 +166,34 @@ def _log(p: Probability) -> float:
     return log(p) if p > 0 else -inf
 
 
-def _check(rule: str, node: Node, name: str) -> None:
-    """Refuses laws and trees that the rule is not defined for; recursion over the whole tree."""
-    _check_law(rule, name, "the target's law", node.p)
-    if rule in ("token", "block") and len(node.proposals) > 1:
-        raise InvalidLawError(rule, name, f"{len(node.proposals)} children; it judges chains")
-    for token, q, child in node.proposals:
-        below = f"{name}/{token}"
-        if not 0 <= token < len(node.p):
-            raise InvalidLawError(rule, below, f"token {token} is not in 0..{len(node.p) - 1}")
-        if rule in ("token", "block"):
-            _check_law(rule, below, "the draft's law", q)
-            if not q[token] > 0:
-                raise InvalidLawError(rule, below, "the drafted token has no mass in its law q")
-        _check(rule, child, below)
+def _check(rule: str, root: Node) -> None:
+    """Refuses laws and trees that the rule is not defined for. greedy and gumbel never read q, so
+    there it may be None; a q that is given must be a law that the drafted token has mass in."""
+    chains_only = rule in ("token", "block")
+    size = len(root.p)
+    pending: list[tuple[str, Node]] = [("root", root)]
+    seen = {id(root)}  # duplicate siblings share their child
+    while pending:
+        name, node = pending.pop()
+        _check_law(rule, name, "the target's law", node.p, size)
+        if chains_only and len(node.proposals) > 1:
+            raise InvalidLawError(rule, name, f"{len(node.proposals)} children; it judges chains")
+        for token, q, child in node.proposals:
+            below = f"{name}/{token}"
+            if not 0 <= token < size:
+                raise InvalidLawError(rule, below, f"token {token} is not in 0..{size - 1}")
+            if chains_only or q is not None:
+                _check_law(rule, below, "the draft's law", q, size)
+                if not q[token] > 0:
+                    raise InvalidLawError(rule, below, "the drafted token has no mass in its law q")
+            if id(child) not in seen:
+                seen.add(id(child))
+                pending.append((below, child))
 
 
-def _check_law(rule: str, node: str, what: str, law: Sequence[Probability]) -> None:
+def _check_law(rule: str, node: str, what: str, law: Sequence[Probability], size: int) -> None:
+    if len(law) != size:
+        raise InvalidLawError(rule, node, f"{what} has length {len(law)}, the root's has {size}")
     if any(not x >= 0 for x in law):  # NaN fails every comparison
         raise InvalidLawError(rule, node, f"{what} has a negative or NaN entry")
     if not abs(sum(law) - 1) <= _TOLERANCE:

@@ -2,6 +2,13 @@
 
 from specdec.forward.captured import CapturedForward, CaptureError
 from specdec.forward.module import ModuleForward
-from specdec.forward.packing import PackedLinears
+from specdec.forward.packing import PackedLinears, Rows, release_packed
 
-__all__ = ["CaptureError", "CapturedForward", "ModuleForward", "PackedLinears"]
+__all__ = [
+    "CaptureError",
+    "CapturedForward",
+    "ModuleForward",
+    "PackedLinears",
+    "Rows",
+    "release_packed",
+]

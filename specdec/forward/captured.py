@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from specdec.attention import Recorder, Step, call_of
 from specdec.backend import Window
 from specdec.forward.module import ModuleForward
-from specdec.forward.packing import pack_linear, pays_to_pack
+from specdec.forward.packing import Rows, limited_blas, quick_linear
 from specdec.forward.rewrite import Rewriter, position_only_nodes, qkv_attention, rotary
 
 aten = torch.ops.aten
@@ -58,7 +59,11 @@ class CapturedForward:
     name = "captured"
 
     def __init__(
-        self, own: ModuleForward, windows: Mapping[int, Window], max_positions: int | None
+        self,
+        own: ModuleForward,
+        windows: Mapping[int, Window],
+        max_positions: int | None,
+        rows: Rows,
     ) -> None:
         """Raises CaptureError where the model's Python depends on values or writes in place."""
         module = _trace(own, windows, next(own.model.parameters()).device)
@@ -69,13 +74,13 @@ class CapturedForward:
         with torch.no_grad():
             rewriter.run()
             tables = _position_tables(module, max_positions) if max_positions else {}
-        self._replay = _Emitter(module, tables).function()
+        self._replay = _Emitter(module, tables, rows).function()
 
     def __call__(
         self, input_ids: Tensor, positions: Tensor, keep: Tensor, step: Step | Recorder
     ) -> Tensor:
         """Logits (n, V) of the rows named by keep; input_ids and positions are (1, R)."""
-        with torch.inference_mode():
+        with torch.inference_mode(), limited_blas():
             logits: Tensor = self._replay(input_ids, positions, keep, step)
             return logits
 
@@ -97,12 +102,18 @@ def _trace(
     )
     try:
         with own.inside(_TracingStep(windows)), torch.no_grad():
-            return tracer(ids, positions, keep)
+            module = tracer(ids, positions, keep)
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError) as error:
         # whatever a model's own Python cannot do with symbolic shapes
         first = str(error).strip().splitlines()
         reason = first[0] if first else type(error).__name__
         raise CaptureError(f"{type(error).__name__}: {reason}") from error
+    values = (node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder")
+    fake = next(value for value in values if isinstance(value, FakeTensor))
+    guards = fake.fake_mode.shape_env.guards if fake.fake_mode.shape_env else []
+    if guards:  # the trace took one side of a branch for good
+        raise CaptureError(f"its Python branches on the number of rows: {guards[0].expr}")
+    return module
 
 
 def _position_tables(module: fx.GraphModule, max_positions: int) -> dict[Node, tuple[Tensor, int]]:
@@ -153,11 +164,12 @@ def _evaluate(module: fx.GraphModule, wanted: list[Node], positions: Tensor) -> 
 class _Emitter:
     """Writes the graph as one Python function over quick operator names."""
 
-    def __init__(self, module: fx.GraphModule, tables: dict[Node, tuple[Tensor, int]]) -> None:
-        self.module, self.tables = module, tables
+    def __init__(
+        self, module: fx.GraphModule, tables: dict[Node, tuple[Tensor, int]], rows: Rows
+    ) -> None:
+        self.module, self.tables, self.rows = module, tables, rows
         self.names: dict[str, Any] = {}
         self.lines: list[str] = []
-        self.operator = torch.ops.mkldnn._linear_pointwise.default
 
     def bind(self, value: Any) -> str:
         for name, held in self.names.items():
@@ -251,10 +263,13 @@ class _Emitter:
         bias_node = node.args[2] if len(node.args) > 2 else None
         bias = self._constant(bias_node)
         x = self.text(node.args[0])
-        if weight is None or not pays_to_pack(weight) or (bias_node is not None and bias is None):
+        quick = None
+        if weight is not None and (bias_node is None or bias is not None):
+            quick = quick_linear(weight, bias, self.rows)
+        if quick is None:
             rest = "".join(f", {self.text(a)}" for a in node.args[1:])
             return f"{self.bind(F.linear)}({x}{rest})"
-        return f"{self.bind(pack_linear(weight, bias))}({x})"
+        return f"{self.bind(quick)}({x})"
 
     def _slice(self, node: Node) -> str:
         source, dim, begin, end = (*node.args, 0, 2**63 - 1)[:4]

@@ -217,6 +217,9 @@ class Rewriter:
             if found is None:
                 continue
             whole, cos, signed_sin, heads, kv_heads, size = found
+            weight = self.constant(whole.args[1])
+            if weight is None or weight.shape[0] != (heads + 2 * kv_heads) * size:
+                continue  # more than q, k and v was merged: a gate, say
             if rows is None:
                 ids = next(n for n in self.graph.nodes if n.op == "placeholder")
                 rows = self.call(ids.next, aten.sym_size.int, ids, 1)

@@ -82,11 +82,11 @@ class DraftModelProposer(Proposer):
         for row, i in enumerate(active):
             cache = sequences[i].cache
             if drafted is None:
-                rows.append(
-                    SequenceRows(
-                        cache, sequences[i].tokens[cache.computed_len(self.runner) :], keep=1
-                    )
-                )
+                pending = sequences[i].tokens[cache.computed_len(self.runner) :]
+                # A padding row that only the target has: any token will do, what is drafted behind
+                # it is judged like everything else.
+                known = [t if t < self.runner.vocab_size else 0 for t in pending]
+                rows.append(SequenceRows(cache, known, keep=1))
             else:
                 rows.append(SequenceRows(cache, (), drafted[row : row + 1], keep=1))
         logits = self.runner.score(rows)

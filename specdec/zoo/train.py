@@ -206,8 +206,7 @@ class Trainer:
         optimisers = make_optimisers(model, recipe)
         checkpoint = Checkpoint(self.work / f"{stage}.safetensors")
         start = checkpoint.load(model, optimisers)
-        if start == 0:
-            self.log(stage=stage, recipe=asdict(recipe), seed=self.seed)
+        self.log(stage=stage, from_step=start, recipe=asdict(recipe), seed=self.seed)
         peaks = [group["lr"] for o in optimisers for group in o.param_groups]
         bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=stage)
         for step in bar:
