@@ -59,7 +59,8 @@ def load_model(role: str, name: str, dtype: str, device: str) -> PreTrainedModel
                 f"for example {min(found['missing_keys'])}"
             )
         check_supported(model)
-        return model.to(device).eval()  # type: ignore[no-any-return]
+        placed: PreTrainedModel = model.to(device).eval()
+        return placed
 
 
 def load_tokenizer(role: str, name: str) -> Any:

@@ -33,7 +33,7 @@ from specdec.runner import ModelRunner, SequenceRows
 
 PROMPTS = Path(__file__).parent / "prompts" / "heldout_code.jsonl"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "125M": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 2048,
              "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 32000},
     "500M": {"num_hidden_layers": 24, "hidden_size": 1280, "intermediate_size": 3456,
@@ -49,6 +49,7 @@ class Contender:
 
     name: str
     run: Generate
+    spec: specdec.SpecModel | None = None  # ours
     seconds: list[list[float]] = field(default_factory=list)  # per prompt, per repetition
 
     def rates(self, new_tokens: int) -> list[float]:
@@ -157,12 +158,12 @@ class Pair:
 
     def ours(self, draft_tokens: int) -> Contender:
         """Draft length 0: plain decoding."""
-        options = {"draft": self.draft, "num_draft_tokens": draft_tokens} if draft_tokens else {}
-        spec = specdec.wrap(self.target, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {}
+        if draft_tokens:
+            options = {"draft": self.draft, "num_draft_tokens": draft_tokens}
+        spec = specdec.wrap(self.target, **options)
         name = f"specdec {draft_tokens}" if draft_tokens else "specdec plain"
-        contender = Contender(name, lambda ids: spec.generate(ids, **self.flags()))
-        contender.spec = spec  # type: ignore[attr-defined]
-        return contender
+        return Contender(name, lambda ids: spec.generate(ids, **self.flags()), spec)
 
 
 def load(name: str, dtype: torch.dtype) -> Any:
@@ -272,11 +273,13 @@ def _run_mode(
     )  # fmt: skip
     everyone = [plain, assisted, tuned, own_plain, own]
     stats = specdec.RunStats()
-    inner = own.run
+    inner, spec = own.run, own.spec
+    assert spec is not None
 
     def counted(ids: torch.Tensor) -> torch.Tensor:
         tokens = inner(ids)
-        last = own.spec.last_stats  # type: ignore[attr-defined]
+        last = spec.last_stats
+        assert last is not None
         stats.tokens, stats.steps = stats.tokens + last.tokens, stats.steps + last.steps
         stats.drafted, stats.accepted = stats.drafted + last.drafted, stats.accepted + last.accepted
         stats.draft_seconds += last.draft_seconds
@@ -286,7 +289,7 @@ def _run_mode(
 
     own.run = counted
     race(everyone, prompts, repeats, mode)
-    costs = forward_costs(own.spec, best_mine, prompts[0], 200)  # type: ignore[attr-defined]
+    costs = forward_costs(spec, best_mine, prompts[0], 200)
     per_pass = stats.tokens_per_target_pass
     ceiling = per_pass * costs["target_1"] / (best_mine * costs["draft_1"] + costs["target_g"])
     n = both.tokens
@@ -327,10 +330,11 @@ def shapes(tokens: int, repeats: int, count: int, out: Path) -> None:
     for name, shape in SHAPES.items():
         for dtype, kind in DTYPES.items():
             torch.manual_seed(0)
-            config = LlamaConfig(**shape, max_position_embeddings=2048, eos_token_id=None)  # type: ignore[arg-type]
-            baseline = LlamaForCausalLM(config).to(kind).eval()  # type: ignore[arg-type]
-            wrapped = LlamaForCausalLM(config).to(kind).eval()  # type: ignore[arg-type]
+            config = LlamaConfig(**shape, max_position_embeddings=2048, eos_token_id=None)
+            baseline, wrapped = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
             wrapped.load_state_dict(baseline.state_dict())
+            for model in (baseline, wrapped):
+                torch.nn.Module.to(model, kind)
             spec = specdec.wrap(wrapped, release_weights=True)
             plain = Contender("transformers", _greedy(baseline, tokens))
             own = Contender("specdec plain", _greedy(spec, tokens))

@@ -177,11 +177,11 @@ def _attention_operator(
     step = STEP.get()
     assert step is not None, "the attention operator runs inside a step only"
     call = call_of(layer, scale, window, chunked, softcap)
-    rows_first = (t[0].transpose(0, 1) for t in (q, k, v))
-    return step.attend(call, *rows_first, sinks)[None]
+    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+    return step.attend(call, q, k, v, sinks)[None]
 
 
-@torch.library.register_fake("specdec::attention")
+@torch.library.register_fake("specdec::attention")  # type: ignore[untyped-decorator]
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layer: int, scale: float,
     window: int, chunked: bool, softcap: float,
@@ -261,7 +261,8 @@ def _original_attention(name: str, module: nn.Module) -> Callable[..., Any]:
             "eager_attention_forward"
         ]
         return function
-    return ALL_ATTENTION_FUNCTIONS[name]
+    function = ALL_ATTENTION_FUNCTIONS[name]
+    return function
 
 
 def _layer_window(module: nn.Module, mask: Any, sliding_window: int | None) -> Window | None:

@@ -37,7 +37,9 @@ class SequenceRows:
 
 
 class Runner(Protocol):
-    """One model on packed rows."""
+    """One model on packed rows; hashable, as the cache counts per runner."""
+
+    def __hash__(self) -> int: ...
 
     vocab_size: int  # width of the logits
     max_positions: int | None  # longest context; None: unbounded
@@ -127,7 +129,7 @@ class ModelRunner:
         logits = self._prepared.forward(
             (torch.cat(ids) if len(ids) > 1 else ids[0])[None],
             (torch.cat(positions) if len(positions) > 1 else positions[0])[None],
-            self._positions[:begin] if everything else torch.tensor(kept, device=self.device),
+            self._positions[:begin] if everything else self._ids(kept),
             Step(self._memory, segments, self._prepared.windows),
         )
         for row, segment in zip(rows, segments, strict=True):

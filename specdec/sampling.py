@@ -109,7 +109,7 @@ class Law:
         """
         scores = logits.float()
         rows: list[Path] | None = None
-        nothing = scores.new_zeros((scores.shape[0], 1), dtype=torch.long)
+        nothing: Any = scores.new_zeros((scores.shape[0], 1), dtype=torch.long)
         for processor in self.processors:
             if isinstance(processor, _ROW_WISE):
                 scores = processor(nothing, scores)

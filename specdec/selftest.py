@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.attention import Recorder, Segment, Step
@@ -80,7 +80,8 @@ def _with_short_window(model: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         small = type(model)(config)
-    return small.to(device=model.device, dtype=torch.float32).eval()  # type: ignore[arg-type]
+    nn.Module.to(small, device=model.device, dtype=torch.float32)
+    return small.eval()
 
 
 def _compare(
@@ -97,9 +98,14 @@ def _compare(
     pages = sum(-(-(len(p) + 16) // _PAGE) for p in prompts) + 1
     memory = Paged(shapes, pages, _PAGE, model.device)
     tables = _interleaved_tables([len(p) + 16 for p in prompts])
-    prefill = [Segment(len(p) - 1, 0, t) for p, t in zip(prompts, tables, strict=True)]
-    _run(model, forward, memory, windows, prefill, [p[:-1] for p in prompts])
-    segments, ids, paths = [], [], []
+    prefill = [Segment(len(p) - 2, 0, t) for p, t in zip(prompts, tables, strict=True)]
+    _run(model, forward, memory, windows, prefill, [p[:-2] for p in prompts])
+    for prompt, table in zip(prompts, tables, strict=True):  # one row takes ways of its own
+        alone = Segment(1, len(prompt) - 2, table)
+        _run(model, forward, memory, windows, [alone], [prompt[-2:-1]])
+    segments: list[Segment] = []
+    ids: list[list[int]] = []
+    paths: list[list[int]] = []
     for prompt, table, (tokens, parents) in zip(prompts, tables, trees, strict=True):
         rows = [prompt[-1], *tokens]
         up = [-1, *(p + 1 for p in parents)]
@@ -145,7 +151,7 @@ def _interleaved_tables(slots: Sequence[int]) -> list[BlockTable]:
     first, second = BlockTable(_PAGE), BlockTable(_PAGE)
     count = -(-slots[0] // _PAGE)
     first.extend(range(count))
-    second.extend(reversed(range(count, count + -(-slots[1] // _PAGE))))
+    second.extend(list(range(count, count + -(-slots[1] // _PAGE)))[::-1])
     return [first, second]
 
 

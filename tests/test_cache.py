@@ -452,10 +452,10 @@ class Shadow:
 def test_random_operations_keep_pages_and_contents_intact(seed: int) -> None:
     draw = random.Random(seed)
     models = ("target", "draft")
-    group = group_of(*models, max_slots=40 * PAGE)
+    group = group_of(*models, max_slots=24 * PAGE)
     shadows: list[Shadow] = []
     refused = 0
-    for step in range(150):
+    for step in range(200):
         operation = draw.choice(["open", "grow", "grow", "fill", "fill", "commit", "cut", "close"])
         try:
             if operation == "open" or not shadows:

@@ -60,10 +60,10 @@ def run(engine: Engine) -> dict[tuple[str, int], tuple[int, ...]]:
             key = record.request_id, record.index
             emitted[key] = emitted.get(key, ()) + record.tokens
         engine.group.check_integrity()
-    outputs = {(out.id, out.index): out for out in engine.take_finished()}
-    assert {key: out.token_ids for key, out in outputs.items()} == emitted
+    outputs = {(out.id, out.index): out.token_ids for out in engine.take_finished()}
+    assert all(outputs[key][-len(tokens) :] == tokens for key, tokens in emitted.items())
     check_all_free(engine)
-    return emitted
+    return outputs
 
 
 def one(engine: Engine, prompt: Items[int], params: SamplingParams, **more: Any) -> tuple[int, ...]:
@@ -98,13 +98,10 @@ def test_request_that_joins_later_changes_nothing(make: Callable[..., Engine]) -
     engine = make()
     alone = [one(engine, PROMPTS[0], SAMPLED, seed=1), one(engine, PROMPTS[2], GREEDY)]
     first = engine.add_request(PROMPTS[0], SAMPLED, seed=1)
-    early: list[int] = []
     for _ in range(2):
-        early += [token for record in engine.step() for token in record.tokens]
+        engine.step()
     second = engine.add_request(torch.tensor([PROMPTS[2]]), GREEDY)
-    later = run(engine)
-    assert (*early, *later[first, 0]) == alone[0] or (first, 0) not in later
-    assert later[second, 0] == alone[1]
+    assert run(engine) == {(first, 0): alone[0], (second, 0): alone[1]}
 
 
 def test_greedy_equals_the_model_s_own_generate(
@@ -270,7 +267,7 @@ def test_step_that_was_interrupted_can_be_taken_again(
     engine = Engine(target, proposer=proposer, verification="gumbel", kv_memory=KV)
 
     def stop(tokens: list[int]) -> bool:
-        if len(tokens) == len(PROMPTS[1]) + 3:
+        if len(tokens) == len(PROMPTS[1]) + 7:  # not in the first step
             proposer.hit("between two tokens")
         return False
 
@@ -279,8 +276,7 @@ def test_step_that_was_interrupted_can_be_taken_again(
     engine.step()
     proposer.armed = True
     with pytest.raises(KeyboardInterrupt):
-        while engine.scheduler.running:
-            engine.step()
+        list(engine)
     engine.group.check_integrity()
     outputs = sorted(engine, key=lambda out: out.id)
     assert [out.token_ids for out in outputs] == wanted
@@ -528,7 +524,7 @@ def test_draft_with_another_vocabulary_is_refused(
 ) -> None:
     other = make_llama(5000, seed=1, hidden_size=8)
     with pytest.raises(
-        InvalidArgumentError, match="vocabulary has 5000 tokens, the target's 30[0-9]"
+        InvalidArgumentError, match=r"vocabulary has 5000 tokens, the target's 30[0-9]"
     ):
         Engine(target, draft=other, kv_memory=KV)
 

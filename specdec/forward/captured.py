@@ -5,11 +5,12 @@ The graph has a symbolic row count, linear layers packed for the CPU, and attent
 straight to the running Step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -85,6 +86,23 @@ class CapturedForward:
             return logits
 
 
+@contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Takes back what the model's Python stores in its modules: while traced, tensors of no value.
+
+    Rotary embeddings with longrope scaling keep their frequencies so.
+    """
+    held = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in held:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
 def _trace(
     own: ModuleForward, windows: Mapping[int, Window], device: torch.device
 ) -> fx.GraphModule:
@@ -101,7 +119,7 @@ def _trace(
         forward, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True
     )
     try:
-        with own.inside(_TracingStep(windows)), torch.no_grad():
+        with own.inside(_TracingStep(windows)), torch.no_grad(), _left_alone(own.model):
             module = tracer(ids, positions, keep)
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, KeyError) as error:
         # whatever a model's own Python cannot do with symbolic shapes
@@ -153,7 +171,9 @@ def _evaluate(module: fx.GraphModule, wanted: list[Node], positions: Tensor) -> 
             else:
                 assert callable(node.target)
                 if node.target is aten.sym_size.int:
-                    return positions.shape[node.args[1]]
+                    dim = node.args[1]
+                    assert isinstance(dim, int)
+                    return positions.shape[dim]
                 args = fx.map_arg(node.args, value)
                 values[node] = node.target(*args, **fx.map_arg(node.kwargs, value))
         return values[node]

@@ -23,7 +23,7 @@ class ModuleForward:
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")} | {
             id(model.config): model.config
         }
-        self._configs = list(configs.values())
+        self._configs: list[Any] = list(configs.values())
         # Resolved here, not per call: the signature of a large model's forward is slow to read.
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters

@@ -106,6 +106,7 @@ class Rewriter:
         before, after = source.meta.get("val"), node.meta.get("val")
         if source.op == "get_attr" or not isinstance(before, Tensor):
             return False
+        assert isinstance(after, Tensor)
         return bool(before.dtype == after.dtype and before.device == after.device)
 
     def share_equal_nodes(self) -> None:

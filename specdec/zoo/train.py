@@ -194,7 +194,8 @@ class Trainer:
         if not folder.exists():
             texts = [f.text for f in corpus.read_corpus() if not f.held_out]
             zoo_tokenizer.train_tokenizer(texts, CONTEXT).save_pretrained(folder)
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        tok: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+        return tok
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, dtype=torch.bfloat16)
@@ -258,10 +259,12 @@ class Trainer:
     def save_model(self, name: str, model: LlamaForCausalLM) -> LlamaForCausalLM:
         """Writes the model in bf16 beside the tokenizer and returns what was written."""
         folder = self.work / name
-        model.to(torch.bfloat16).save_pretrained(folder)
+        nn.Module.to(model, torch.bfloat16)
+        model.save_pretrained(folder)
         self.tok.save_pretrained(folder)
-        reloaded = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return reloaded.to(self.device)  # type: ignore[arg-type]
+        reloaded: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        nn.Module.to(reloaded, self.device)
+        return reloaded
 
 
 @torch.no_grad()
@@ -278,7 +281,7 @@ def measure_acceptance(
     rows = torch.from_numpy(np.stack([stream[o : o + 128] for o in offsets])).to(trainer.device)
     for name, do_sample in (("greedy", False), ("sampled", True)):
         torch.manual_seed(trainer.seed)
-        text = big.generate(  # type: ignore[operator]
+        text = big.generate(
             rows, attention_mask=torch.ones_like(rows), max_new_tokens=128, min_new_tokens=128,
             do_sample=do_sample, top_k=0,
         )  # fmt: skip
@@ -306,10 +309,12 @@ def main(
 ) -> None:  # fmt: skip
     """Train the built-in pair on this Python's standard library."""
     trainer = Trainer(work, seed, device, save_every)
-    big = build_model(SHAPES["big"], trainer.tok, seed).to(device)  # type: ignore[arg-type]
+    big = build_model(SHAPES["big"], trainer.tok, seed)
+    nn.Module.to(big, device)
     trainer.run_stage("big", big, Recipe(tokens=big_tokens), plain_loss)
     big = trainer.save_model("big", big).eval()
-    small = build_model(SHAPES["small"], trainer.tok, seed + 1).to(device)  # type: ignore[arg-type]
+    small = build_model(SHAPES["small"], trainer.tok, seed + 1)
+    nn.Module.to(small, device)
     trainer.run_stage("small", small, Recipe(tokens=small_tokens), plain_loss)
     trainer.run_stage("distil", small, Recipe(tokens=distil_tokens), distillation_loss(big))
     small = trainer.save_model("small", small).eval()
