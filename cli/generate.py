@@ -31,13 +31,14 @@ from specdec.sequence import Sequence as Sample
 from specdec.stats import RunStats
 
 
-class _DraftTokens(click.ParamType):
-    name = "N|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "auto" or (isinstance(value, str) and value.isdecimal()):
-            return value if value == "auto" else int(value)
-        return self.fail(f"{value!r} is neither a whole number from 0 on nor 'auto'.", param, ctx)
+def _draft_tokens(ctx: click.Context, param: click.Parameter, value: str) -> Any:
+    if value == "auto":
+        return value
+    if not value.isdecimal():
+        raise click.BadParameter(
+            f"{value!r} is neither a whole number from 0 on nor 'auto'.", ctx, param
+        )
+    return int(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,8 @@ class _Output:
 @click.option("--stop", multiple=True, help="End before this string; may be repeated.")
 @click.option(
     "--num-draft-tokens",
-    type=_DraftTokens(),
+    callback=_draft_tokens,
+    metavar="N|auto",
     default="auto",
     show_default=True,
     help="Tokens drafted per step.",

@@ -1,6 +1,7 @@
 """Names on the command line -> models and tokenizers: built-in, local folder or hub."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,9 +51,10 @@ def load_model(role: str, name: str, dtype: str, device: str) -> PreTrainedModel
                 f"--{role} {name!r}: {type(config).__name__} is an encoder-decoder; specdec needs "
                 "a causal LM"
             )
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True
         )
+        model, found = loaded
         if found["missing_keys"]:
             raise InvalidArgumentError(
                 f"--{role} {name!r}: {len(found['missing_keys'])} weights are not in its files, "
@@ -107,7 +109,7 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _announced(what: str) -> Iterator[None]:
     """Says on a terminal what takes its time; the libraries' own bars and lines get in the way."""
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     shown = is_terminal(sys.stderr)

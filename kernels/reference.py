@@ -84,13 +84,13 @@ def attend(
 ) -> Tensor:
     """Attention of one sequence's rows, (rows, H, D) -> (rows, H, Dv).
 
-    keys (T, K, D) and values (T, K, Dv) are views of the pages or gathered copies; bias comes from
-    packed_bias(additive(visibility(...))). The query heads of one KV head are packed into the rows
-    of one matrix, so that keys and values are read once per KV head.
+    keys (1, K, T, D) and values (1, K, T, Dv) are heads_first views of the pages or of gathered
+    copies; bias comes from packed_bias(additive(visibility(...))). The query heads of one KV head
+    are packed into the rows of one matrix, so that keys and values are read once per KV head.
     """
-    rows, heads, _ = q.shape
-    kv_heads, groups = keys.shape[1], heads // keys.shape[1]
-    k, v = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]  # (1, K, T, D)
+    rows, heads, size = q.shape
+    k, v, kv_heads = keys, values, keys.shape[1]
+    groups = heads // kv_heads
     if softcap is not None or sinks is not None:
         return _attend_by_hand(q, k[0], v[0], bias, scale, softcap, sinks)
     if rows > _PACK_ROWS:
@@ -101,10 +101,19 @@ def attend(
     if rows == 1:
         packed = q.view(1, kv_heads, groups, -1)
         return F.scaled_dot_product_attention(packed, k, v, bias, scale=scale).view(1, heads, -1)
-    packed = q.view(rows, kv_heads, groups, -1).permute(1, 2, 0, 3)
-    packed = packed.reshape(1, kv_heads, groups * rows, -1)
+    row, head, step = q.stride()
+    packed = q.as_strided((kv_heads, groups, rows, size), (groups * head, head, row, step))
+    packed = packed.reshape(1, kv_heads, groups * rows, size)
     out = F.scaled_dot_product_attention(packed, k, v, bias, scale=scale)
     return _rows_first(out, kv_heads, groups, rows)
+
+
+def heads_first(flat: Tensor, begin: int, end: int) -> Tensor:
+    """Slots begin .. end - 1 of flat pages (slots, K, D), as a view (1, K, T, D) in one step."""
+    slot, head, step = flat.stride()
+    _, heads, size = flat.shape
+    offset = flat.storage_offset() + begin * slot
+    return flat.as_strided((1, heads, end - begin, size), (slot, head, slot, step), offset)
 
 
 def _attend_by_hand(
@@ -212,6 +221,7 @@ def tree_attention(
         if v_scale is not None:
             values = values.to(dtype) * v_scale.to(dtype)[None, :, None]
         bias = packed_bias(additive(seen, dtype), groups)
+        keys, values = (heads_first(t, 0, context + rows) for t in (keys, values))
         out[begin:end] = attend(
             q[begin:end], keys, values, bias, scale=scale, softcap=softcap, sinks=sinks
         )

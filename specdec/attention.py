@@ -84,12 +84,14 @@ class Step:
             base = segment.table.base
             keys[base + segment.context : base + end] = k
             values[base + segment.context : base + end] = v
-            seen_keys, seen_values = keys[base : base + end], values[base : base + end]
+            seen_keys = backend.heads_first(keys, base, base + end)
+            seen_values = backend.heads_first(values, base, base + end)
         else:
             flat = self._flat_slots(index, end)
             keys.index_copy_(0, flat[segment.context :], k.to(keys.dtype))
             values.index_copy_(0, flat[segment.context :], v.to(values.dtype))
-            seen_keys, seen_values = keys.index_select(0, flat), values.index_select(0, flat)
+            seen_keys = backend.heads_first(keys.index_select(0, flat), 0, end)
+            seen_values = backend.heads_first(values.index_select(0, flat), 0, end)
         bias = self._bias(index, call.window, q.shape[1] // k.shape[1], q.dtype)
         return backend.attend(
             q, seen_keys, seen_values, bias, scale=call.scale, softcap=call.softcap, sinks=sinks
@@ -148,7 +150,10 @@ class Recorder:
         rows, groups = q.shape[0], q.shape[1] // k.shape[1]
         seen = backend.visibility(0, rows, None, None, call.window, q.device)
         bias = backend.packed_bias(backend.additive(seen, q.dtype), groups)
-        return backend.attend(q, k, v, bias, scale=call.scale, softcap=call.softcap, sinks=sinks)
+        keys, values = backend.heads_first(k, 0, rows), backend.heads_first(v, 0, rows)
+        return backend.attend(
+            q, keys, values, bias, scale=call.scale, softcap=call.softcap, sinks=sinks
+        )
 
 
 STEP: ContextVar["Step | Recorder | None"] = ContextVar("specdec_step", default=None)
@@ -256,12 +261,11 @@ class _Registration:
 
 
 def _original_attention(name: str, module: nn.Module) -> Callable[..., Any]:
+    function: Callable[..., Any]
     if name == "eager":  # every modeling file has its own
-        function: Callable[..., Any] = vars(sys.modules[type(module).__module__])[
-            "eager_attention_forward"
-        ]
-        return function
-    function = ALL_ATTENTION_FUNCTIONS[name]
+        function = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[name]
     return function
 
 

@@ -3,6 +3,13 @@
 Today there is one: the plain torch functions of kernels/reference.py, on every device.
 """
 
-from specdec.kernels.reference import Window, additive, attend, packed_bias, visibility
+from specdec.kernels.reference import (
+    Window,
+    additive,
+    attend,
+    heads_first,
+    packed_bias,
+    visibility,
+)
 
-__all__ = ["Window", "additive", "attend", "packed_bias", "visibility"]
+__all__ = ["Window", "additive", "attend", "heads_first", "packed_bias", "visibility"]

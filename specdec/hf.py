@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
-    GenerationConfig,
-    MaxLengthCriteria,
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.logits_process import (
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.engine import Engine, fresh_seed
 from specdec.errors import InvalidArgumentError

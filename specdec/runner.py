@@ -222,10 +222,12 @@ def _exact_context(model: PreTrainedModel) -> int | None:
     text = model.config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None)]
     ropes = getattr(text, "rope_parameters", None) or {}
-    for rope in (ropes, *ropes.values()):
-        # beyond this length the whole pass changes its frequencies with its longest row
-        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
-            limits.append(rope.get("original_max_position_embeddings"))
+    # longrope: beyond this length the whole pass changes its frequencies with its longest row
+    limits += [
+        rope.get("original_max_position_embeddings")
+        for rope in (ropes, *ropes.values())
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope"
+    ]
     # Llama 4 counts the rows of a pass, not positions, from here on (attention temperature)
     if getattr(text, "attn_temperature_tuning", False) and hasattr(text, "floor_scale"):
         limits.append(int(text.floor_scale) - 1)

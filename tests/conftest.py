@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +53,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_llama(vocab_size: int, seed: int, **changes: int) -> LlamaForCausalLM:
     """A random Llama whose laws are peaked, so that its text does not repeat itself."""
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
@@ -60,7 +61,8 @@ def tiny_llama(vocab_size: int, seed: int, **changes: int) -> LlamaForCausalLM:
     config = LlamaConfig(vocab_size=vocab_size, initializer_range=0.3, **{**shape, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+        model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+        return model
 
 
 def noisy_copy(model: LlamaForCausalLM, noise: float = 0.01) -> LlamaForCausalLM:

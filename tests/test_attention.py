@@ -1,4 +1,4 @@
-"""tree_attention against a dense softmax in float64, written out row by row and head by head."""
+"""tree_attention against a dense softmax in float64."""
 
 import math
 import random
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from specdec.kernels import reference
 from specdec.kernels.reference import Window, pack_bits, tree_attention, unpack_bits, visibility
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 # Absolute, for inputs of unit variance.
@@ -99,36 +101,43 @@ def dense(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """(rows, H, Dv) float64, with nothing shared between rows or heads."""
-    out: list[Tensor] = []
-    begin = 0
+    """(rows, H, Dv) float64: every score of every pair, and then a softmax over the visible."""
+    out, begin = [], 0
     for keys, values, mask, context in zip(p.keys, p.values, p.masks, p.contexts, strict=True):
-        groups = p.q.shape[1] // keys.shape[1]
-        depths = mask.sum(-1) - 1
-        for row in range(len(mask)):
-            position = context + int(depths[row])
-            visible = list(range(context)) + [
-                context + other for other in range(len(mask)) if mask[row, other]
+        n, groups = len(mask), p.q.shape[1] // keys.shape[1]
+        positions = (context + mask.sum(-1) - 1).tolist()
+        visible = by_hand(context, mask, positions, window)
+        seen = torch.tensor(visible, dtype=torch.bool).view(n, context + n)
+        k = keys.double().repeat_interleave(groups, 1)  # (T, H, D)
+        v = values.double().repeat_interleave(groups, 1)
+        scores = torch.einsum("nhd,thd->hnt", p.q[begin : begin + n].double(), k) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = torch.where(seen, torch.exp(scores), 0.0)
+        total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total = total + torch.exp(sinks.double())[:, None, None]
+        out.append(torch.einsum("hnt,thd->nhd", weights / total, v))
+        begin += n
+    return torch.cat(out)
+
+
+def by_hand(
+    context: int, mask: Tensor, positions: Sequence[int], window: Window | None
+) -> list[list[bool]]:
+    """Which of the slots each row sees, by the definition."""
+    seen = []
+    at = [*range(context), *positions]
+    for position, among in zip(positions, mask.tolist(), strict=True):
+        line = [True] * context + among
+        if window is not None and window.chunked:
+            line = [
+                s and at[i] // window.size >= position // window.size for i, s in enumerate(line)
             ]
-            if window is not None:
-                at = {s: s if s < context else context + int(depths[s - context]) for s in visible}
-                if window.chunked:
-                    chunk = position // window.size
-                    visible = [s for s in visible if at[s] // window.size == chunk]
-                else:
-                    visible = [s for s in visible if position - at[s] < window.size]
-            for head in range(p.q.shape[1]):
-                k, v = keys[visible, head // groups].double(), values[visible, head // groups]
-                scores = (k @ p.q[begin + row, head].double()) * scale
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                weights = torch.exp(scores)
-                total = weights.sum()
-                if sinks is not None:
-                    total = total + math.exp(float(sinks[head]))
-                out.append((weights / total) @ v.double())
-        begin += len(mask)
-    return torch.stack(out).view(p.q.shape[0], p.q.shape[1], -1)
+        elif window is not None:
+            line = [s and position - at[i] < window.size for i, s in enumerate(line)]
+        seen.append(line)
+    return seen
 
 
 def run(
@@ -268,24 +277,6 @@ def test_attend_returns_what_a_model_may_view(
 
 
 # Visibility.
-
-
-def by_hand(
-    context: int, mask: Tensor, positions: Sequence[int], window: Window | None
-) -> list[list[bool]]:
-    seen = []
-    for row in range(len(mask)):
-        line = [True] * context + mask[row].tolist()
-        at = [*range(context), *positions]
-        for slot in range(len(line)):
-            if window is None:
-                continue
-            if window.chunked:
-                line[slot] &= at[slot] // window.size >= positions[row] // window.size
-            else:
-                line[slot] &= positions[row] - at[slot] < window.size
-        seen.append(line)
-    return seen
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["sliding", "chunked"])

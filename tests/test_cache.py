@@ -428,67 +428,62 @@ def test_planted_corruption_is_found(
 
 
 class Shadow:
-    """What one sequence must hold: a plain list of values per model."""
+    """One sequence beside plain lists of what each model's slots must hold."""
 
-    def __init__(self, cache: CachedSequence, models: Sequence[str]) -> None:
-        self.cache = cache
-        self.values: dict[str, list[int]] = {model: [] for model in models}
+    def __init__(self, group: CacheGroup, draw: random.Random) -> None:
+        self.group, self.draw = group, draw
+        self.cache = group.open(draw.randrange(1, 30))
+        self.values: dict[str, list[int]] = {str(model): [] for model in group.memory}
 
-    def append(self, group: CacheGroup, model: str, count: int, fresh: list[int]) -> None:
-        held = self.values[model]
-        for value in fresh[:count]:
-            write(group, self.cache, model, len(held), value)
-            held.append(value)
-        self.cache.computed[model] = len(held)
+    def grow(self) -> None:
+        self.group.reserve(self.cache, self.cache.table.capacity + self.draw.randrange(9))
 
-    def commit(self, length: int, slots: Sequence[int]) -> None:
+    def fill(self) -> None:
         for model, held in self.values.items():
-            if len(held) > length:
-                kept = [held[slot] for slot in slots if slot < len(held)]
-                self.values[model] = held[:length] + kept
+            room = self.cache.table.capacity - len(held)
+            for _ in range(min(room, self.draw.randrange(6))):
+                held.append(self.draw.randrange(64))
+                write(self.group, self.cache, model, len(held) - 1, held[-1])
+            self.cache.computed[model] = len(held)
+
+    def commit(self) -> None:
+        lengths = [len(held) for held in self.values.values()]
+        length = self.draw.randrange(min(lengths) + 1)
+        rest = range(length, max(lengths))
+        slots = sorted(self.draw.sample(rest, self.draw.randrange(len(rest) + 1)))
+        self.group.commit(self.cache, length, slots)
+        for held in self.values.values():
+            held[length:] = [held[slot] for slot in slots if slot < len(held)]
+
+    def cut(self) -> None:
+        length = self.draw.randrange(max(map(len, self.values.values())) + 1)
+        self.group.truncate(self.cache, length)
+        for held in self.values.values():
+            del held[length:]
+
+    def check(self) -> None:
+        for model, held in self.values.items():
+            assert contents(self.group, self.cache, model) == held
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_operations_keep_pages_and_contents_intact(seed: int) -> None:
-    draw = random.Random(seed)
-    models = ("target", "draft")
-    group = group_of(*models, max_slots=24 * PAGE)
+    draw, refused = random.Random(seed), 0
+    group = group_of("target", "draft", max_slots=24 * PAGE)
     shadows: list[Shadow] = []
-    refused = 0
     for step in range(200):
-        operation = draw.choice(["open", "grow", "grow", "fill", "fill", "commit", "cut", "close"])
+        choice = draw.choice(["open", "grow", "grow", "fill", "fill", "commit", "cut", "close"])
         try:
-            if operation == "open" or not shadows:
-                shadows.append(Shadow(group.open(draw.randrange(1, 30)), models))
-                continue
-            shadow = draw.choice(shadows)
-            lengths = [len(held) for held in shadow.values.values()]
-            if operation == "grow":
-                group.reserve(shadow.cache, shadow.cache.table.capacity + draw.randrange(9))
-            elif operation == "fill":
-                room = shadow.cache.table.capacity
-                for model, length in zip(models, lengths, strict=True):
-                    fresh = [draw.randrange(64) for _ in range(draw.randrange(6))]
-                    shadow.append(group, model, room - length, fresh)
-            elif operation == "commit":
-                begin = draw.randrange(min(lengths) + 1)
-                rest = range(begin, max(lengths))
-                slots = sorted(draw.sample(rest, draw.randrange(len(rest) + 1)))
-                group.commit(shadow.cache, begin, slots)
-                shadow.commit(begin, slots)
-            elif operation == "cut":
-                length = draw.randrange(max(lengths) + 1)
-                group.truncate(shadow.cache, length)
-                shadow.values = {model: held[:length] for model, held in shadow.values.items()}
+            if choice == "open" or not shadows:
+                shadows.append(Shadow(group, draw))
+            elif choice == "close":
+                group.close(shadows.pop(draw.randrange(len(shadows))).cache)
             else:
-                group.close(shadow.cache)
-                shadows.remove(shadow)
+                getattr(draw.choice(shadows), choice)()
         except CacheFullError:
             refused += 1
-        finally:
-            group.check_integrity()
+        group.check_integrity()
         if step % 5 == 0:
-            for other in shadows:
-                for model in models:
-                    assert contents(group, other.cache, model) == other.values[model]
+            for shadow in shadows:
+                shadow.check()
     assert refused > 0, "the limit was never reached"

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from specdec.cli import console, inputs
 from specdec.cli.console import TokenPrinter, closing_line
 from specdec.cli.main import main
+from specdec.cli.models import load_model
 from specdec.stats import RunStats
 from specdec.zoo.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+Model = Any  # a transformers model: its methods are typed in part
 
 PROMPT = "def quicksort(items):"
 SECONDS = re.compile(r"\d+\.\d tokens/s|\d+%/\d+%/\d+%")
@@ -75,20 +80,26 @@ class Cli:
         return subprocess.Popen([*COMMAND, *self.pair, *args], env=environment, **options)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once() -> Iterator[None]:
+    """Calls in this process share the models of a folder; those in another load them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specdec.cli.generate.load_model", lru_cache(load_model))
+        yield
+
+
 @pytest.fixture(scope="module")
 def cli(models: Path) -> Cli:
     return Cli(models)
 
 
 @pytest.fixture(scope="module")
-def expected(
-    target: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> Callable[..., list[int]]:
+def expected(target: Model, tokenizer: PreTrainedTokenizerFast) -> Callable[..., list[int]]:
     """What transformers says after a text."""
 
     def generate(text: str, count: int) -> list[int]:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        out = target.generate(ids, max_new_tokens=count, do_sample=False)  # type: ignore[operator]
+        out = target.generate(ids, max_new_tokens=count, do_sample=False)
         tokens: list[int] = out[0, ids.shape[1] :].tolist()
         return tokens
 
@@ -271,8 +282,8 @@ def test_chat_answers_each_turn_with_all_turns_before(
 
 
 def chat_answer(chat: Cli, ids: torch.Tensor) -> list[int]:
-    model = LlamaForCausalLM.from_pretrained(chat.models / "target")
-    out = model.generate(ids, max_new_tokens=10, do_sample=False)  # type: ignore[operator]
+    model: Model = LlamaForCausalLM.from_pretrained(chat.models / "target")
+    out = model.generate(ids, max_new_tokens=10, do_sample=False)
     tokens: list[int] = out[0, ids.shape[1] :].tolist()
     return tokens
 
@@ -447,9 +458,7 @@ def test_broken_model_folder_is_named(
     assert cli.bad("x", f"--{role}", path).startswith(f"--{role} {path!r}: ")
 
 
-def test_weights_that_are_missing_are_named(
-    cli: Cli, tmp_path: Path, target: LlamaForCausalLM
-) -> None:
+def test_weights_that_are_missing_are_named(cli: Cli, tmp_path: Path, target: Model) -> None:
     from safetensors.torch import save_file
 
     path = broken_copy(cli, tmp_path, "model.safetensors", None)
@@ -460,7 +469,7 @@ def test_weights_that_are_missing_are_named(
 
 
 def test_draft_with_another_tokenizer_is_refused(
-    cli: Cli, tmp_path: Path, make_llama: Callable[..., LlamaForCausalLM]
+    cli: Cli, tmp_path: Path, make_llama: Callable[..., Model]
 ) -> None:
     other = train_tokenizer(["another text altogether, and yet another one"] * 3, 64)
     make_llama(len(other), seed=2).save_pretrained(tmp_path)
@@ -471,7 +480,7 @@ def test_draft_with_another_tokenizer_is_refused(
 
 
 def test_draft_with_a_padded_vocabulary_works(
-    cli: Cli, tmp_path: Path, make_llama: Callable[..., LlamaForCausalLM], tokenizer: Any
+    cli: Cli, tmp_path: Path, make_llama: Callable[..., Model], tokenizer: Any
 ) -> None:
     make_llama(len(tokenizer) + 19, seed=2).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -531,7 +540,7 @@ def test_nan_in_the_target_is_named_with_the_step(
     tokens = expected(PROMPT, 9)
     at = next(i for i, t in enumerate(tokens[3:], 3) if t not in tokens[:i])
     shutil.copytree(cli.models / "target", tmp_path / "model")
-    broken = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    broken: Model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         broken.get_input_embeddings().weight[tokens[at]] = float("nan")
     broken.save_pretrained(tmp_path / "model")
@@ -562,7 +571,7 @@ def test_help_shows_every_option_with_a_description() -> None:
     for option in main.commands["generate"].params:
         if option.param_type_name == "option":
             assert option.opts[0] in result.output
-            assert option.help  # type: ignore[attr-defined]
+            assert option.help
     for name in (
         "PROMPT", "--prompt-file", "--target", "--draft", "--no-speculation", "--max-new-tokens",
         "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--stop", "--num-draft-tokens",
@@ -583,7 +592,7 @@ def test_help_of_the_program_lists_commands_and_exit_codes() -> None:
 
 def test_piped_output_is_plain_and_the_remark_goes_to_standard_error(cli: Cli) -> None:
     process = cli.start(PROMPT, "--max-new-tokens", "12", stdout=-1, stderr=-1, stdin=-3)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0
     assert out.decode() == cli(PROMPT, "--max-new-tokens", "12").stdout
     assert b"\x1b" not in err
@@ -607,7 +616,7 @@ def on_terminal(cli: Cli, *args: str, **environment: str) -> tuple[str, int]:
             break
         shown += piece
     os.close(control)
-    return shown.decode(errors="replace").replace("\r\n", "\n"), process.wait(timeout=60)
+    return shown.decode(errors="replace").replace("\r\n", "\n"), process.wait(timeout=300)
 
 
 def test_terminal_shows_accepted_tokens_in_colour_and_progress_while_loading(cli: Cli) -> None:
@@ -624,17 +633,24 @@ def test_terminal_shows_accepted_tokens_in_colour_and_progress_while_loading(cli
     assert plain.startswith(cli(*args).stdout.replace("\r", ""))
 
 
-def test_no_color_is_honoured(cli: Cli) -> None:
-    shown, code = on_terminal(cli, PROMPT, "--max-new-tokens", "12", NO_COLOR="1", TERM="xterm")
-    assert code == 0
-    assert re.findall(r"\x1b\[\d*m", shown) == []
-    assert PROMPT in shown
+def test_no_color_is_honoured(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "is_terminal", lambda stream: stream is not None)
+    args = [PROMPT, "--max-new-tokens", "12"]
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = cli(*args).stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = cli(*args).stdout
+    assert "\x1b[32m" in coloured
+    assert plain == re.sub(r"\x1b\[\d*m", "", coloured)
 
 
-def test_no_prompt_on_a_terminal_is_refused_instead_of_waiting(cli: Cli) -> None:
-    shown, code = on_terminal(cli)
-    assert code == 2
-    assert shown.startswith("specdec: no prompt: give PROMPT, --prompt-file FILE, or text on")
+def test_no_prompt_on_a_terminal_is_refused_instead_of_waiting(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "is_terminal", lambda stream: stream is not None)
+    assert cli.bad(stdin="x") == (
+        "no prompt: give PROMPT, --prompt-file FILE, or text on standard input"
+    )
 
 
 def interrupt(process: "subprocess.Popen[bytes]", after: bytes) -> tuple[bytes, bytes]:
@@ -642,14 +658,14 @@ def interrupt(process: "subprocess.Popen[bytes]", after: bytes) -> tuple[bytes, 
     assert process.stdout is not None
     descriptor = process.stdout.fileno()
     out = b""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(out) <= len(after) or not out.startswith(after):
         assert time.monotonic() < deadline
         piece = os.read(descriptor, 64)
         assert piece, "it ended before it could be interrupted"
         out += piece
     process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=60)
+    rest, err = process.communicate(timeout=300)
     return out + rest, err
 
 
@@ -687,7 +703,7 @@ def test_ctrl_c_in_a_chat_that_waits_exits_with_130(chat: Cli) -> None:
     line = process.stderr.readline()  # the closing line of the first turn
     assert line.startswith(b"3 tokens | ")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert b"Traceback" not in err
 
@@ -697,28 +713,25 @@ def test_closed_pipe_ends_quietly(slow: Cli) -> None:
     assert process.stdout is not None
     assert os.read(process.stdout.fileno(), 10)
     process.stdout.close()
-    assert process.stderr is not None
-    assert process.stderr.read() == b""
-    assert process.wait(timeout=60) == 0
-
-
-@pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_closed_stream_is_no_reason_for_a_traceback(cli: Cli, closed: str) -> None:
-    number = {"stdout": 1, "stderr": 2}[closed]
-    process = cli.start(
-        PROMPT, "--max-new-tokens", "3", stdin=-3, stdout=-1, stderr=-1,
-        preexec_fn=lambda: os.close(number),
-    )  # fmt: skip
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
+    assert err == b""
     assert process.returncode == 0
-    assert b"Traceback" not in out + err
+
+
+def test_closed_streams_are_no_reason_to_fail(cli: Cli) -> None:
+    def close() -> None:
+        for number in (0, 1, 2):
+            os.close(number)
+
+    process = cli.start(PROMPT, "--max-new-tokens", "3", preexec_fn=close)
+    assert process.wait(timeout=300) == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_full_disk_is_one_line(cli: Cli) -> None:
     with Path("/dev/full").open("wb") as full:
         process = cli.start(PROMPT, "--max-new-tokens", "3", stdin=-3, stdout=full, stderr=-1)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err == b"specdec: No space left on device\n"
 
@@ -784,7 +797,7 @@ def test_builtin_pair_is_the_default() -> None:
     result = Cli.raw("generate", "--max-new-tokens", "24", "--json", PROMPT)
     found = json.loads(result.stdout)
     assert (found["target"], found["draft"]) == ("big", "small")
-    assert found["stats"]["acceptance_rate"] > 0.3
+    assert 0 < found["stats"]["accepted"] < found["stats"]["drafted"]
     plain = Cli.raw(
         "generate", "--max-new-tokens", "24", "--json", PROMPT, "--no-speculation", "--dtype",
         "float32",

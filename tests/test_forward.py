@@ -2,7 +2,7 @@
 
 import builtins
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specdec.attention import Recorder, Segment, Step
-from specdec.cache import BlockTable, LayerShape, Paged
+from specdec.cache import BlockTable, CacheGroup, LayerShape, Paged
 from specdec.forward import (
     CapturedForward,
     CaptureError,
@@ -24,6 +24,8 @@ from specdec.forward import (
 from specdec.runner import ModelRunner, SequenceRows
 from specdec.selftest import TOLERANCE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB, POSITIONS = 97, 128
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -33,15 +35,6 @@ BASE: dict[str, Any] = {
 SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 # Of the root mean square of a row's logits, between two orders of the same float32 sums.
 CLOSE = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are quicker on one thread, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(stem: str = "Llama", model_class: Any = None, **options: Any) -> PreTrainedModel:
@@ -214,11 +207,11 @@ def test_biases_are_merged_with_their_weights(monkeypatch: pytest.MonkeyPatch) -
 
 def test_scaling_between_norm_and_rotary_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen3 normalises queries and keys after the projection: no straight way to attention."""
-    source = source_of(build("Qwen3"), monkeypatch)
+    source = source_of(MODELS["qwen3"](), monkeypatch)
     assert "qkv_attention(" not in source
     assert source.count("step.attend(") == 2
     assert source.count("rotary(") == 4
-    assert source.count("constant[64, 32]") == 2
+    assert source.count("constant[96, 32]") == 4  # q, k and v of (4 + 2 * 2) heads of 12; the MLP
 
 
 def test_graph_without_these_patterns_is_replayed_as_it_is(
@@ -387,7 +380,7 @@ def test_packing_pays_for_every_bfloat16_matrix() -> None:
 
 @pytest.fixture
 def large() -> nn.ModuleDict:
-    """Two layers that pack, one of them used twice, and two that do not."""
+    """Three layers that pack, two with one weight and biases of their own, and two that do not."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         wide = nn.Linear(600, 600)
@@ -443,19 +436,15 @@ def test_layers_are_unpacked_after_an_exception(large: nn.ModuleDict) -> None:
     assert replaced(large) == set()
 
 
-def test_module_forward_packs_inside_its_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_forward_packs_inside_its_step_only() -> None:
     model = build(vocab_size=8208)
     head = model.get_submodule("lm_head")
     forward = ModuleForward(model, PackedLinears(model))
     seen = []
     norm = model.get_submodule("model.norm")
-    monkeypatch.setattr(
-        norm, "register_forward_hook", norm.register_forward_hook
-    )  # the hook below is removed by hand
-    hook = norm.register_forward_hook(lambda *_: seen.append("forward" in vars(head)))
+    norm.register_forward_hook(lambda *_: seen.append("forward" in vars(head)))
     rows = torch.arange(3)
     forward(rows[None], rows[None], rows, Recorder())
-    hook.remove()
     assert seen == [True]
     assert "forward" not in vars(head)
 
@@ -472,8 +461,6 @@ def test_module_forward_with_packed_layers_scores_like_the_model() -> None:
     model = build(model_class=Eager, vocab_size=8208)
     runner = ModelRunner(model)
     assert runner.forward_name == "module"
-    from specdec.cache import CacheGroup
-
     group = CacheGroup(4, 64, runner.device)
     runner.join(group)
     prompt = list(range(3, 12))

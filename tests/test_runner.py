@@ -4,7 +4,7 @@ The expected logits come from the model itself, one path at a time and outside a
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from specdec.cache import CachedSequence, CacheGroup
 from specdec.errors import InvalidArgumentError, UnsupportedModelError
 from specdec.forward import ModuleForward
 from specdec.runner import ModelRunner, SequenceRows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB = 97
 PAGE = 4
@@ -155,15 +157,6 @@ REFUSED = [
 
 def by_id(cases: Sequence[Case]) -> Any:
     return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are quicker on one thread, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -468,23 +461,26 @@ def test_released_weights_leave_a_tied_embedding_alone() -> None:
 # Scoring.
 
 
-@pytest.mark.parametrize("case", [SUPPORTED[0], SUPPORTED[2]], ids=["llama", "mistral-sliding"])
+@by_id([SUPPORTED[0], SUPPORTED[2], SUPPORTED[11]])
 @pytest.mark.parametrize("scattered", [False, True], ids=["contiguous", "scattered"])
-def test_scoring_in_several_calls_equals_scoring_at_once(case: Case, scattered: bool) -> None:
-    model = case.build()
-    prompt, nodes = tokens(23), tokens(9, 2)
-    whole, parts = ModelRunner(model), ModelRunner(model)
-    [cache, _] = opened(whole, 40, 40, scattered=scattered)
-    at_once = whole.score([SequenceRows(cache, prompt, torch.tensor(nodes), PARENTS, keep=11)])
-    [cache, _] = opened(parts, 40, 40, scattered=scattered)
-    assert parts.score([SequenceRows(cache, prompt[:14])]).shape == (0, VOCAB)
-    assert cache.computed_len(parts) == 14
-    parts.score([SequenceRows(cache, prompt[14:15], keep=1)])
-    chain = parts.score([SequenceRows(cache, [], torch.tensor(prompt[15:22]), None, keep=1)])
-    assert cache.computed_len(parts) == 22
-    tree = parts.score([SequenceRows(cache, prompt[22:], torch.tensor(nodes), PARENTS, keep=10)])
-    assert cache.computed_len(parts) == 32
+@pytest.mark.parametrize("layout", ["one", "several"])
+def test_scoring_in_several_calls_equals_scoring_at_once(
+    case: Case, scattered: bool, layout: Any
+) -> None:
+    model, prompt, nodes = case.build(), tokens(23), tokens(9, 2)
+    runner = ModelRunner(model, rows=layout)
+    cache, other = opened(runner, 40, 40, scattered=scattered)
+    at_once = runner.score([SequenceRows(other, prompt, torch.tensor(nodes), PARENTS, keep=11)])
+    assert runner.score([SequenceRows(cache, prompt[:14])]).shape == (0, VOCAB)
+    assert cache.computed_len(runner) == 14
+    single = runner.score([SequenceRows(cache, prompt[14:15], keep=1)])
+    chain = runner.score([SequenceRows(cache, [], torch.tensor(prompt[15:22]), None, keep=1)])
+    assert cache.computed_len(runner) == 22
+    tree = runner.score([SequenceRows(cache, prompt[22:], torch.tensor(nodes), PARENTS, keep=10)])
+    assert cache.computed_len(runner) == 32
     assert_same_logits(torch.cat((chain, tree)), at_once)
+    assert_same_logits(single, own_logits(model, prompt[:15])[-1:])
+    assert_same_logits(tree[1:], tree_logits(model, prompt, nodes, PARENTS))
 
 
 @by_id([SUPPORTED[0], SUPPORTED[2], SUPPORTED[11], SUPPORTED[17], SUPPORTED[27]])

@@ -19,7 +19,7 @@ from specdec.attention import Recorder, Step, call_of
 from specdec.backend import Window
 from specdec.forward.module import ModuleForward
 from specdec.forward.packing import Rows, limited_blas, quick_linear
-from specdec.forward.rewrite import Rewriter, position_only_nodes, qkv_attention, rotary
+from specdec.forward.rewrite import Rewriter, position_only_nodes, qkv_attention, rms_norm, rotary
 
 aten = torch.ops.aten
 Node = fx.Node
@@ -34,7 +34,7 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     aten.unsqueeze.default: torch.unsqueeze, aten.cat.default: torch.cat,
     aten.embedding.default: torch.embedding, aten.layer_norm.default: torch.layer_norm,
     aten.permute.default: torch.permute, aten.linear.default: F.linear,
-    aten.index_select.default: torch.index_select, aten.matmul.default: torch.matmul,
+    aten.index_select.default: torch.index_select, aten.select.int: torch.select, aten.matmul.default: torch.matmul,
 }  # fmt: skip
 
 
@@ -268,7 +268,7 @@ class _Emitter:
             call = self.bind(call_of(*node.args[4:]))  # type: ignore[arg-type]
             rows = ", ".join(f"{t}[0].transpose(0, 1)" for t in (q, k, v))
             return f"step.attend({call}, {rows}, {sinks})[None]"
-        function = rotary if target is rotary else _QUICK.get(target, target)
+        function = target if target in (rotary, rms_norm) else _QUICK.get(target, target)
         arguments = [self.text(a) for a in node.args]
         arguments += [f"{k}={self.text(v)}" for k, v in node.kwargs.items()]
         return f"{self.bind(function)}({', '.join(arguments)})"

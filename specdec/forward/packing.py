@@ -110,12 +110,13 @@ class PackedLinears:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers: list[tuple[nn.Module, Linear]] = []
-        made: dict[int, Linear] = {}  # tied weights are packed once
+        made: dict[tuple[int, int], Linear] = {}  # tied weights are packed once
         for module in model.modules():
             if type(module) is nn.Linear and pays_to_pack(module.weight):
-                if id(module.weight) not in made:
-                    made[id(module.weight)] = pack_linear(module.weight, module.bias)
-                self._layers.append((module, made[id(module.weight)]))
+                key = id(module.weight), id(module.bias)
+                if key not in made:
+                    made[key] = pack_linear(module.weight, module.bias)
+                self._layers.append((module, made[key]))
 
     def __len__(self) -> int:
         return len(self._layers)

@@ -26,6 +26,16 @@ def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
+def rms_norm(x: Tensor, doubled_weight: Tensor, size: int, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, as the layer norm of [x, -x].
+
+    That vector has mean zero and x's mean square for its variance, and torch's layer norm is one
+    fused kernel where its rms_norm is seven: half the time at the sizes that decoding runs.
+    """
+    both = torch.cat((x, -x), -1)
+    return torch.layer_norm(both, (2 * size,), doubled_weight, None, eps)[..., :size]
+
+
 def qkv_attention(
     step: Any, call: Any, heads: int, kv_heads: int, qkv: Tensor, cos: Tensor, signed_sin: Tensor
 ) -> Tensor:
@@ -164,7 +174,7 @@ class Rewriter:
             self.graph.erase_node(node)
 
     def fuse_rms_norms(self) -> None:
-        """The six to eight operations of a root-mean-square norm become torch's own."""
+        """The six to eight operations of a root-mean-square norm become one function."""
         for node in list(self.graph.nodes):
             found = _match_rms_norm(node)
             if found is None:
@@ -174,7 +184,8 @@ class Rewriter:
             if not isinstance(value, Tensor) or scale is None or scale.ndim != 1:
                 continue
             if value.dtype == scale.dtype and value.shape[-1] == scale.shape[0]:
-                fused = self.call(node, torch.rms_norm, x, (scale.shape[0],), weight, eps)
+                doubled = self.add_constant(torch.cat((scale.detach(),) * 2), node)
+                fused = self.call(node, rms_norm, x, doubled, scale.shape[0], eps)
                 fused.meta = dict(node.meta)
                 node.replace_all_uses_with(fused)
         self.graph.eliminate_dead_code()
