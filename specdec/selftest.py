@@ -81,7 +81,8 @@ def _with_short_window(model: PreTrainedModel) -> PreTrainedModel:
         torch.manual_seed(0)
         small = type(model)(config)
     nn.Module.to(small, device=model.device, dtype=torch.float32)
-    return small.eval()
+    small.eval()
+    return small
 
 
 def _compare(

@@ -272,7 +272,8 @@ def test_attend_returns_what_a_model_may_view(
     rows: int, kv_heads: int, softcap: float | None
 ) -> None:
     p = problem([(0, rows)], kv_heads=kv_heads)
-    out = reference.attend(p.q, p.keys[0], p.values[0], None, scale=1.0, softcap=softcap)
+    keys, values = (reference.heads_first(t[0], 0, rows) for t in (p.keys, p.values))
+    out = reference.attend(p.q, keys, values, None, scale=1.0, softcap=softcap)
     assert out.view(rows, -1).shape == (rows, 32)
 
 

@@ -40,6 +40,13 @@ def test_pages_come_from_the_lowest_contiguous_run() -> None:
     assert pool.num_free == 3
 
 
+def test_last_run_of_the_pool_is_a_run_too() -> None:
+    pool = PagePool(6, PAGE)
+    pages = pool.allocate(6)
+    pool.release([pages[1], *pages[4:]])
+    assert pool.allocate(2) == [4, 5]
+
+
 def test_pages_are_the_lowest_free_ones_where_no_run_is_long_enough() -> None:
     pool = PagePool(6, PAGE)
     pages = pool.allocate(6)

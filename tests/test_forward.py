@@ -147,7 +147,7 @@ def test_layout_for_single_rows_computes_the_same(rows: int, passes: Passes) -> 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("rows", [1, 2, 7, 40], ids=lambda rows: f"rows{rows}")
 def test_bfloat16_replay_is_within_the_tolerance_table(name: str, rows: int) -> None:
-    both = Pass(MODELS[name]().bfloat16())  # type: ignore[no-untyped-call]
+    both = Pass(MODELS[name]().bfloat16())
     keep = list(range(rows))
     found = both.logits(both.captured, rows, keep)
     assert_within(found, both.logits(both.own, rows, keep), TOLERANCE[torch.bfloat16])

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel
 
 import specdec
-from specdec import attention, runner as runner_module
+from specdec import runner as runner_module
 from specdec.attention import STEP, Recorder, Step
+from specdec.backend import Window
 from specdec.cache import CachedSequence, CacheGroup
 from specdec.errors import InvalidArgumentError, UnsupportedModelError
 from specdec.forward import ModuleForward
@@ -64,7 +65,8 @@ def randomised(model_class: Callable[[Any], PreTrainedModel], config: Any) -> Pr
     """The model with weights large enough that attention, biases and sinks all matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model_class(config).eval()
+        model = model_class(config)
+        model.eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -155,7 +157,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-def by_id(cases: Sequence[Case]) -> Any:
+def by_id(cases: Sequence[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
 
 
@@ -280,7 +282,7 @@ def test_model_that_numbers_its_own_rows_is_refused() -> None:
 def test_attention_that_ignores_the_mask_is_refused(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention.backend, "additive", lambda *_: None)
+    monkeypatch.setattr("specdec.backend.additive", lambda *_: None)
     monkeypatch.setattr(runner_module, "_PREPARED", {})
     with pytest.raises(
         UnsupportedModelError, match=r"LlamaForCausalLM.*first bad layer: model\.layers\.0\.self_at"
@@ -321,13 +323,13 @@ def test_window_longer_than_the_proof_is_proved_on_a_short_copy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The window is wrong by one position only beyond 24, where the model's own proof ends."""
-    first_visible = attention.Window.first_visible
+    first_visible = Window.first_visible
 
-    def wrong(window: attention.Window, positions: Tensor) -> Tensor:
-        first = first_visible(window, positions)
+    def wrong(window: Window, positions: Tensor) -> Tensor:
+        first: Tensor = first_visible(window, positions)
         return first + (positions >= window.size).long()
 
-    monkeypatch.setattr(attention.Window, "first_visible", wrong)
+    monkeypatch.setattr(Window, "first_visible", wrong)
     model = SUPPORTED[2].build(sliding_window=24)
     with pytest.raises(UnsupportedModelError, match=r"first bad layer: model\.layers\.0"):
         ModelRunner(model)
@@ -337,7 +339,8 @@ def test_window_longer_than_the_proof_is_proved_on_a_short_copy(
 
 
 def test_wrapping_and_generating_leave_the_model_bit_equal() -> None:
-    model, draft = SUPPORTED[0].build(), SUPPORTED[0].build(num_hidden_layers=1)
+    model: Any = SUPPORTED[0].build()
+    draft = SUPPORTED[0].build(num_hidden_layers=1)
     ids = torch.tensor([tokens(9)])
 
     def state() -> dict[str, Any]:
@@ -396,10 +399,10 @@ def test_second_runner_shares_the_preparation(
     second = ModelRunner(llama)
     prompt = tokens(9)
     scores = [
-        runner.score([SequenceRows(*opened(runner, 16), prompt, keep=1)])
+        runner.score([SequenceRows(opened(runner, 16)[0], prompt, keep=1)])
         for runner in (first, second)
     ]
-    assert torch.equal(*scores)
+    assert torch.equal(scores[0], scores[1])
 
 
 def write_in_place(weight: nn.Parameter) -> None:
@@ -443,7 +446,7 @@ def test_released_weights_free_their_bytes_and_score_the_same() -> None:
     [cache] = opened(runner, 16)
     before = runner.score([SequenceRows(cache, prompt, keep=9)])
     assert runner.release_weights() == vocab * 32 * 4
-    assert model.get_submodule("lm_head").weight.numel() == 0  # type: ignore[union-attr,operator]
+    assert model.get_submodule("lm_head").weight.numel() == 0  # type: ignore[operator]
     runner.refresh()
     cache.computed.clear()
     assert torch.equal(runner.score([SequenceRows(cache, prompt, keep=9)]), before)
@@ -515,10 +518,10 @@ def test_rows_without_logits_are_computed_all_the_same(llama: PreTrainedModel) -
 
 
 def test_half_precision_draft_may_run_as_a_float32_copy() -> None:
-    model, prompt = SUPPORTED[0].build().bfloat16(), tokens(9)  # type: ignore[no-untyped-call]
-    wanted = own_logits(SUPPORTED[0].build().bfloat16().float(), prompt)  # type: ignore[no-untyped-call]
+    model, prompt = SUPPORTED[0].build().bfloat16(), tokens(9)
+    wanted = own_logits(SUPPORTED[0].build().bfloat16().float(), prompt)
     exact, quick = ModelRunner(model), ModelRunner(model, exact=False)
-    rows = [SequenceRows(*opened(runner, 16), prompt, keep=9) for runner in (exact, quick)]
+    rows = [SequenceRows(opened(r, 16)[0], prompt, keep=9) for r in (exact, quick)]
     assert_same_logits(quick.score(rows[1:]), wanted)
     in_bfloat16 = exact.score(rows[:1]).float()
     assert_same_logits(in_bfloat16, wanted, tolerance=0.1)
