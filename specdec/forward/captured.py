@@ -34,7 +34,8 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     aten.unsqueeze.default: torch.unsqueeze, aten.cat.default: torch.cat,
     aten.embedding.default: torch.embedding, aten.layer_norm.default: torch.layer_norm,
     aten.permute.default: torch.permute, aten.linear.default: F.linear,
-    aten.index_select.default: torch.index_select, aten.select.int: torch.select, aten.matmul.default: torch.matmul,
+    aten.index_select.default: torch.index_select, aten.select.int: torch.select,
+    aten.matmul.default: torch.matmul,
 }  # fmt: skip
 
 
