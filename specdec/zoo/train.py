@@ -282,8 +282,8 @@ def measure_acceptance(
     rows = torch.from_numpy(np.stack([stream[o : o + 128] for o in offsets])).to(trainer.device)
     for name, do_sample in (("greedy", False), ("sampled", True)):
         torch.manual_seed(trainer.seed)
-        generate: Any = big.generate  # its annotations fit no concrete model class
-        text = generate(
+        whole: Any = big  # generate's annotations fit no concrete model class
+        text = whole.generate(
             rows, attention_mask=torch.ones_like(rows), max_new_tokens=128, min_new_tokens=128,
             do_sample=do_sample, top_k=0,
         )  # fmt: skip
