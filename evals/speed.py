@@ -320,7 +320,7 @@ def _greedy(model: Any, tokens: int) -> Generate:
 
 
 @main.command()
-@click.option("--tokens", default=24, show_default=True)
+@click.option("--tokens", default=32, show_default=True)
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--prompts", "count", default=3, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
@@ -339,7 +339,7 @@ def shapes(tokens: int, repeats: int, count: int, out: Path) -> None:
             plain = Contender("transformers", _greedy(baseline, tokens))
             own = Contender("specdec plain", _greedy(spec, tokens))
             draw = torch.Generator().manual_seed(0)
-            prompts = [torch.randint(1, 32000, (1, 64), generator=draw) for _ in range(count)]
+            prompts = [torch.randint(1, 32000, (1, 16), generator=draw) for _ in range(count)]
             race([plain, own], prompts, repeats, f"{name} {dtype}")
             result["shapes"][f"{name} {dtype}"] = {
                 "specdec plain / transformers": ratio(own, plain, tokens),

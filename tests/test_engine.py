@@ -190,9 +190,12 @@ def test_end_token_ends_a_request_inside_an_accepted_block(
     for at in (0, 3, 7):
         params = SamplingParams(max_new_tokens=16, temperature=0, eos_token_ids=(free[at], 299))
         engine.add_request(PROMPTS[0], params)
+        wanted = free[: free.index(free[at]) + 1]
+        records = [record for _ in range(at // 8 + 1) for record in engine.step()]
+        assert sum((record.tokens for record in records), ()) == wanted
+        assert records[-1].finish_reason == "stop"
         [out] = list(engine)
-        assert out.token_ids == free[: free.index(free[at]) + 1]
-        assert out.finish_reason == "stop"
+        assert (out.token_ids, out.finish_reason) == (wanted, "stop")
 
 
 def test_aborted_request_keeps_what_it_said_and_frees_its_pages(

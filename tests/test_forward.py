@@ -227,6 +227,23 @@ def test_graph_without_these_patterns_is_replayed_as_it_is(
     assert f"constant[1, {POSITIONS}, 32], 1, positions_1[0])" in source
 
 
+class StretchedAngles(LlamaForCausalLM):
+    """Its angles depend on the whole pass, as those of dynamic scaling do."""
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Any, **kwargs: Any
+    ) -> Any:
+        stretched = position_ids * (1 + position_ids.amax())
+        return super().forward(
+            input_ids, position_ids=stretched, logits_to_keep=logits_to_keep, **kwargs
+        )
+
+
+def test_angles_of_more_than_a_rows_own_position_are_not_tabulated() -> None:
+    both, keep = Pass(build(model_class=StretchedAngles)), list(range(7))
+    assert_within(both.logits(both.captured, 7, keep), both.logits(both.own, 7, keep), CLOSE)
+
+
 class Gated(LlamaForCausalLM):
     """Its attention has a gate that reads what q, k and v read, so that all four are merged."""
 
