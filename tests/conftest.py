@@ -23,8 +23,9 @@ from specdec.zoo.tokenizer import train_tokenizer
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-# The order of a sum, and so its last bits, depends on the number of threads.
-torch.set_num_threads(2)
+# One thread: the order of a sum, and so its last bits, depends on their number, and two of them
+# wait for each other at every operation when other jobs share the cores.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -82,6 +82,15 @@ def test_log_ends_with_measurements_over_the_bars() -> None:
     assert result["acceptance_greedy"] >= 0.60
 
 
+def test_model_card_states_what_the_log_says() -> None:
+    folder = Path(zoo.__file__).parent
+    result = json.loads((folder / "training_log.jsonl").read_text().splitlines()[-1])
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert result.pop("stage") == "result"
+    for name, value in result.items():
+        assert str(value) in card, name
+
+
 def test_small_agrees_with_big_on_held_out_code(big: Any, small: Any, tokenizer: Any) -> None:
     """Tokens of big's own greedy continuation that are small's argmax, on eight prompts."""
     agree = []
