@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from specdec.attention import Recorder, Segment, Step
 from specdec.backend import Window
 from specdec.cache import BlockTable, LayerShape, Paged
-from specdec.errors import UnsupportedModelError
+from specdec.errors import NumericalError, UnsupportedModelError
 from specdec.forward import ModuleForward
 
 # Largest error accepted, relative to the root mean square of the logits of the row.
@@ -123,6 +123,11 @@ def _compare(
         paths.extend([*prompt[:-1], *(rows[i] for i in line)] for line in lines)
     packed = _run(model, forward, memory, windows, segments, ids)
     wanted = torch.stack([_own_logits(model, path) for path in paths])
+    if not torch.isfinite(wanted).all():
+        raise NumericalError(
+            f"{type(model).__name__}: its own logits hold NaN or infinity on a short prompt, "
+            "before any step; check the weights and the dtype"
+        )
     error = (packed.float() - wanted).abs().amax(-1) / wanted.square().mean(-1).sqrt()
     limit = TOLERANCE.get(model.dtype, 2e-2)
     worst = float(error.max())

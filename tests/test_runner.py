@@ -19,7 +19,7 @@ from specdec import runner as runner_module
 from specdec.attention import STEP, Recorder, Step
 from specdec.backend import Window
 from specdec.cache import CachedSequence, CacheGroup
-from specdec.errors import InvalidArgumentError, UnsupportedModelError
+from specdec.errors import InvalidArgumentError, NumericalError, UnsupportedModelError
 from specdec.forward import ModuleForward
 from specdec.runner import ModelRunner, SequenceRows
 
@@ -579,3 +579,11 @@ def test_planted_wrong_position_is_seen_by_these_tests(
     found = runner.score([SequenceRows(cache, prompt, keep=9)])
     with pytest.raises(AssertionError):
         assert_same_logits(found, own_logits(llama, prompt))
+
+
+def test_model_whose_own_logits_are_nan_is_named_as_that() -> None:
+    model = SUPPORTED[0].build()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(NumericalError, match="LlamaForCausalLM: its own logits hold NaN"):
+        ModelRunner(model)
