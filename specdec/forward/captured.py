@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from specdec.attention import Recorder, Step, call_of
 from specdec.backend import Window
+from specdec.forward.fused import qkv_attention, rms_norm, rotary
 from specdec.forward.module import ModuleForward
 from specdec.forward.packing import Rows, limited_blas, quick_linear
-from specdec.forward.rewrite import Rewriter, position_only_nodes, qkv_attention, rms_norm, rotary
+from specdec.forward.rewrite import Rewriter, position_only_nodes
 
 aten = torch.ops.aten
 Node = fx.Node

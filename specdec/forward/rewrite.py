@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from specdec.forward.fused import qkv_attention, rms_norm, rotary
+from specdec.forward.patterns import is_call, match_qkv, match_rms_norm, match_rotary
+
 aten = torch.ops.aten
 Node = fx.Node
 
@@ -19,36 +22,6 @@ _IDENTITIES = {
     aten.lift_fresh_copy.default,
 }  # fmt: skip
 _NO_EFFECT = ("_set_grad_enabled", "_assert", "_enter_autocast", "_exit_autocast")
-
-
-def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary position embedding: x * cos + rotate_half(x) * sin, the sign folded into sin."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
-
-
-def rms_norm(x: Tensor, doubled_weight: Tensor, size: int, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, as the layer norm of [x, -x].
-
-    That vector has mean zero and x's mean square for its variance, and torch's layer norm is one
-    fused kernel where its rms_norm is seven: half the time at the sizes that decoding runs.
-    """
-    both = torch.cat((x, -x), -1)
-    return torch.layer_norm(both, (2 * size,), doubled_weight, None, eps)[..., :size]
-
-
-def qkv_attention(
-    step: Any, call: Any, heads: int, kv_heads: int, qkv: Tensor, cos: Tensor, signed_sin: Tensor
-) -> Tensor:
-    """Rotary embedding and attention straight from the merged projection.
-
-    qkv: (1, R, (H + 2K) * D); cos, signed_sin: (R, 1, D). Returns (1, R, H, D).
-    """
-    rows = qkv.shape[1]
-    x = qkv.view(rows, heads + 2 * kv_heads, -1)
-    rotated = rotary(x[:, : heads + kv_heads], cos, signed_sin)
-    values = x[:, heads + kv_heads :]
-    out: Tensor = step.attend(call, rotated[:, :heads], rotated[:, heads:], values, None)
-    return out[None]
 
 
 class Rewriter:
@@ -176,7 +149,7 @@ class Rewriter:
     def fuse_rms_norms(self) -> None:
         """The six to eight operations of a root-mean-square norm become one function."""
         for node in list(self.graph.nodes):
-            found = _match_rms_norm(node)
+            found = match_rms_norm(node)
             if found is None:
                 continue
             x, weight, eps = found
@@ -193,7 +166,7 @@ class Rewriter:
     def fuse_rotary(self) -> None:
         """add(mul(x, cos), mul(rotate_half(x), sin)) -> rotary(x, cos, signed sin)."""
         for node in list(self.graph.nodes):
-            found = _match_rotary(node)
+            found = match_rotary(node)
             if found is None:
                 continue
             x, cos, sin, half = found
@@ -225,7 +198,7 @@ class Rewriter:
         for node in list(self.graph.nodes):
             if node.op != "call_function" or "specdec.attention" not in str(node.target):
                 continue
-            found = _match_qkv(node)
+            found = match_qkv(node)
             if found is None:
                 continue
             whole, cos, signed_sin, heads, kv_heads, size = found
@@ -261,131 +234,6 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def _is(node: Any, target: object) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target is target
-
-
-def _match_rms_norm(node: Node) -> tuple[Node, Node, float] | None:
-    """(x, weight, eps) of weight * (x * rsqrt(mean(x ** 2) + eps)), with or without casts."""
-    if not _is(node, aten.mul.Tensor):
-        return None
-    for weight, normed in (node.args[:2], node.args[1::-1]):
-        if not (isinstance(weight, Node) and weight.op == "get_attr"):
-            continue
-        scaled = _uncast(normed)
-        if not _is(scaled, aten.mul.Tensor):
-            continue
-        assert isinstance(scaled, Node)
-        for x, inverse in (scaled.args[:2], scaled.args[1::-1]):
-            eps = _inverse_rms(inverse, x)
-            source = _uncast(x)
-            if eps is not None and isinstance(source, Node):
-                return source, weight, eps
-    return None
-
-
-def _uncast(node: Any) -> Any:
-    return node.args[0] if _is(node, aten.to.dtype) else node
-
-
-def _inverse_rms(node: Any, x: Any) -> float | None:
-    """eps when node is rsqrt(mean(x ** 2, -1) + eps)."""
-    if not _is(node, aten.rsqrt.default) or not _is(node.args[0], aten.add.Tensor):
-        return None
-    mean, eps = node.args[0].args
-    if not _is(mean, aten.mean.dim) or mean.args[1:] != ([-1], True):
-        return None
-    square = mean.args[0]
-    if not _is(square, aten.pow.Tensor_Scalar) or square.args != (x, 2):
-        return None
-    return eps if isinstance(eps, float) else None
-
-
-def _match_rotary(node: Node) -> tuple[Node, Node, Node, int] | None:
-    if not _is(node, aten.add.Tensor) or node.kwargs:
-        return None
-    for straight, turned in (node.args[:2], node.args[1::-1]):
-        if not (_is(straight, aten.mul.Tensor) and _is(turned, aten.mul.Tensor)):
-            continue
-        assert isinstance(straight, Node)
-        assert isinstance(turned, Node)
-        for rotated, sin in (turned.args[:2], turned.args[1::-1]):
-            half = _rotate_half(rotated)
-            if half is None:
-                continue
-            source, size = half
-            for x, cos in (straight.args[:2], straight.args[1::-1]):
-                if x is source and isinstance(cos, Node) and isinstance(sin, Node):
-                    return source, cos, sin, size
-    return None
-
-
-def _rotate_half(node: Any) -> tuple[Node, int] | None:
-    """(x, half size) when node is cat([-x[..., h:], x[..., :h]], -1)."""
-    if (
-        not _is(node, aten.cat.default)
-        or len(node.args[0]) != 2
-        or node.args[1:] not in ((-1,), (3,))
-    ):
-        return None
-    negated, low = node.args[0]
-    if not (_is(negated, aten.neg.default) and _is(low, aten.slice.Tensor)):
-        return None
-    high = negated.args[0]
-    if not _is(high, aten.slice.Tensor) or high.args[0] is not low.args[0]:
-        return None
-    half = low.args[3]
-    value = low.args[0].meta.get("val")
-    ok = value is not None and value.shape[-1] == 2 * half
-    last = (3, -1)
-    ok = ok and low.args[1] in last and high.args[1] in last and low.args[2] == 0
-    return (low.args[0], half) if ok and high.args[2] == half else None
-
-
-def _heads_of(node: Any) -> tuple[Node, int, int, int] | None:
-    """(merged projection, begin, end, head size) of transpose(view(slice(projection)))."""
-    if not _is(node, aten.transpose.int) or tuple(node.args[1:]) != (1, 2):
-        return None
-    view = node.args[0]
-    if not _is(view, aten.view.default) or len(view.args[1]) != 4:
-        return None
-    part = view.args[0]
-    if not _is(part, aten.slice.Tensor) or part.args[1] != -1:
-        return None
-    whole = part.args[0]
-    if not _is(whole, aten.linear.default) or not isinstance(view.args[1][3], int):
-        return None
-    return whole, part.args[2], part.args[3], view.args[1][3]
-
-
-def _match_qkv(node: Node) -> tuple[Node, Node, Node, int, int, int] | None:
-    q, k, v, sinks = node.args[:4]
-    if sinks is not None or not (_is(q, rotary) and _is(k, rotary)):
-        return None
-    assert isinstance(q, Node)
-    assert isinstance(k, Node)
-    if q.args[1:] != k.args[1:]:
-        return None
-    parts = [_heads_of(q.args[0]), _heads_of(k.args[0]), _heads_of(v)]
-    if any(part is None for part in parts):
-        return None
-    (whole, b0, e0, size), (w1, b1, e1, s1), (w2, b2, e2, s2) = (p for p in parts if p)
-    adjacent = b0 == 0 and b1 == e0 and b2 == e1 and e2 - b2 == e1 - b1
-    cos, sin = q.args[1:]
-    assert isinstance(cos, Node)
-    assert isinstance(sin, Node)
-    angles = all(
-        isinstance(a.meta.get("val"), Tensor)
-        and a.meta["val"].shape[-1] == size
-        and a.meta["val"].ndim == 4
-        and a.meta["val"].shape[:2] == (1, 1)
-        for a in (cos, sin)
-    )
-    if not (adjacent and angles and w1 is whole and w2 is whole and size == s1 == s2):
-        return None
-    return whole, cos, sin, (e0 - b0) // size, (e1 - b1) // size, size
-
-
 def position_only_nodes(graph: fx.Graph, positions: Node) -> list[Node]:
     """Nodes computed from positions and constants alone that something else uses."""
     inside: set[Node] = {positions}
@@ -397,7 +245,7 @@ def position_only_nodes(graph: fx.Graph, positions: Node) -> list[Node]:
         if sources and sources <= constants:
             constants.add(node)
             continue
-        known = all(s in inside or s in constants or _is(s, aten.sym_size.int) for s in sources)
+        known = all(s in inside or s in constants or is_call(s, aten.sym_size.int) for s in sources)
         if known and sources & inside:
             inside.add(node)
     return [
