@@ -22,7 +22,6 @@ ROWS = (
     ),
     ("against plain specdec decoding", "specdec / specdec plain"),
     ("plain specdec decoding against plain transformers", "specdec plain / transformers"),
-    ("share of its own ceiling", "share of ceiling"),
 )
 
 

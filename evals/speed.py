@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import specdec
 from specdec import zoo
 from specdec.proposers import DraftModelProposer
-from specdec.runner import ModelRunner, SequenceRows
+from specdec.runner import Runner, SequenceRows
 
 PROMPTS = Path(__file__).parent / "prompts" / "heldout_code.jsonl"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -186,36 +186,38 @@ def check_lossless(pair: Pair, prompts: list[torch.Tensor], lengths: list[int]) 
 
 
 def forward_costs(
-    spec: Any, draft_tokens: int, ids: torch.Tensor, repeats: int
+    spec: specdec.SpecModel,
+    plain: specdec.SpecModel,
+    draft_tokens: int,
+    ids: torch.Tensor,
+    repeats: int,
 ) -> dict[str, float]:
-    """Seconds of one target pass over 1 and g + 1 rows and of one drafted token, interleaved."""
-    engine = spec.engine
-    assert isinstance(engine.proposer, DraftModelProposer)
-    target, draft = engine.target, engine.proposer.runner
-    assert isinstance(target, ModelRunner)
-    assert isinstance(draft, ModelRunner)
-    tokens = ids[0].tolist()
-    cache = engine.group.open(len(tokens) + draft_tokens + 1)
-    for runner in (target, draft):
-        runner.score([SequenceRows(cache, tokens[:-1], keep=1)])
+    """Seconds of one target pass over 1 and g + 1 rows and of one drafted token, interleaved.
+
+    The single row is plain decoding's own, whose weights are laid out for one row.
+    """
+    proposer, tokens = spec.engine.proposer, ids[0].tolist()
+    assert isinstance(proposer, DraftModelProposer)
     nodes = ids[0, :draft_tokens].clone()
-
-    def rows(runner: ModelRunner, extra: torch.Tensor | None) -> Callable[[], object]:
-        keep = 1 if extra is None else 1 + extra.shape[0]
-        return lambda: runner.score([SequenceRows(cache, tokens[-1:], extra, None, keep)]).argmax(
-            -1
-        )
-
-    jobs = {"target_1": (target, rows(target, None)), "target_g": (target, rows(target, nodes)),
-            "draft_1": (draft, rows(draft, None))}  # fmt: skip
-    times: dict[str, list[float]] = {name: [] for name in jobs}
+    jobs: list[tuple[str, specdec.Engine, Runner, torch.Tensor | None]] = [
+        ("target_1", plain.engine, plain.engine.target, None),
+        ("target_g", spec.engine, spec.engine.target, nodes),
+        ("draft_1", spec.engine, proposer.runner, None),
+    ]
+    caches = []
+    for _, engine, runner, _ in jobs:
+        caches.append(engine.group.open(len(tokens) + draft_tokens + 1))
+        runner.score([SequenceRows(caches[-1], tokens[:-1], keep=1)])
+    times: dict[str, list[float]] = {name: [] for name, *_ in jobs}
     for _ in range(repeats):
-        for name, (runner, job) in jobs.items():
+        for (name, _, runner, extra), cache in zip(jobs, caches, strict=True):
+            keep = 1 if extra is None else 1 + draft_tokens
             began = time.perf_counter()
-            job()
+            runner.score([SequenceRows(cache, tokens[-1:], extra, None, keep)]).argmax(-1)
             times[name].append(time.perf_counter() - began)
             cache.computed[runner] = len(tokens) - 1
-    engine.group.close(cache)
+    for (_, engine, _, _), cache in zip(jobs, caches, strict=True):
+        engine.group.close(cache)
     return {name: median(values) for name, values in times.items()}
 
 
@@ -289,7 +291,8 @@ def _run_mode(
 
     own.run = counted
     race(everyone, prompts, repeats, mode)
-    costs = forward_costs(spec, best_mine, prompts[0], 200)
+    assert own_plain.spec is not None
+    costs = forward_costs(spec, own_plain.spec, best_mine, prompts[0], 200)
     per_pass = stats.tokens_per_target_pass
     ceiling = per_pass * costs["target_1"] / (best_mine * costs["draft_1"] + costs["target_g"])
     n = both.tokens
