@@ -498,3 +498,19 @@ def test_numpys_threads_are_put_back() -> None:
         assert library.get_num_threads() == 2
     finally:
         library.set_num_threads(before)
+
+
+@pytest.mark.skipif(not packing._OPENBLAS, reason="numpy does not use OpenBLAS here")
+def test_numpys_blas_never_competes_with_torchs_threads() -> None:
+    """Two pools on the same cores wait for each other: ten times slower on two cores."""
+    [library, *_] = packing._OPENBLAS
+    before, threads = library.get_num_threads(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        library.set_num_threads(2)
+        with packing.limited_blas():
+            assert library.get_num_threads() == 1
+        assert library.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+        library.set_num_threads(before)

@@ -65,8 +65,12 @@ _OPENBLAS = ThreadpoolController().select(internal_api="openblas").lib_controlle
 
 @contextmanager
 def limited_blas() -> Iterator[None]:
-    """Inside, numpy's BLAS uses as many threads as torch; outside, as many as before."""
-    wanted = torch.get_num_threads()
+    """Inside, numpy's BLAS runs on one thread; outside, on as many as before.
+
+    One row is bound by memory, and a pool of OpenBLAS's own would wait at every call for the cores
+    on which torch's idle threads still spin: measured, a tenfold slowdown on two cores.
+    """
+    wanted = 1
     before = [library.get_num_threads() for library in _OPENBLAS]
     for library, threads in zip(_OPENBLAS, before, strict=True):
         if threads != wanted:
