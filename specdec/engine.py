@@ -154,6 +154,7 @@ class Engine:
         """
         self.check_prompt(prompt)
         self.verifier.check_law(law)
+        law.prove(prompt, self.target.vocab_size, self.target.device)
         limit = self.max_positions
         if limit is not None:
             max_new_tokens = min(max_new_tokens, limit - len(prompt) + 1)

@@ -12,7 +12,7 @@ from specdec.cache import CacheGroup
 from specdec.errors import InvalidArgumentError, NumericalError
 from specdec.rng import Noise
 from specdec.runner import Runner, SequenceRows
-from specdec.sampling import Law, Path
+from specdec.sampling import Law, Paths, Prefix
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
 
@@ -103,12 +103,12 @@ class Verifier:
         """The rule's answers for sequences that share one law; logits (R, V), root rows first."""
         law = sequences[0].law
         batch = TreeBatch.of(trees)
-        paths, padding = _paths(sequences, trees), sequences[0].left_padding
+        paths = _paths(sequences, trees)
         rule = self.rule_for(law, trees)
         if rule == "greedy":
-            best = law.best(logits, paths, padding)
+            best = law.best(logits, paths)
             return _to_host(batched.greedy(batch, best, logits), batch, sequences, None)
-        p = law.probabilities(logits, paths, padding)
+        p = law.probabilities(logits, paths)
         seeds = [s.seed for s in sequences]
         device = logits.device
         if rule == "gumbel":
@@ -130,32 +130,23 @@ class Verifier:
 
 
 def _groups(sequences: Items[Sequence], trees: Items[TokenTree]) -> list[list[int]]:
-    """Indices that can be judged together: same law, same kind of draws, same padding if it counts.
+    """Indices that can be judged together: same law, same kind of draws.
 
     Point masses have no stored rows, so they do not share a call with sampled drafts.
     """
-    groups: dict[tuple[int, int, bool], list[int]] = {}
+    groups: dict[tuple[int, bool], list[int]] = {}
     for index, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
-        padding = sequence.left_padding if sequence.law.by_path else 0
         is_point = len(tree) > 0 and tree.laws is None
-        groups.setdefault((id(sequence.law), padding, is_point), []).append(index)
+        groups.setdefault((id(sequence.law), is_point), []).append(index)
     return list(groups.values())
 
 
-def _paths(sequences: Items[Sequence], trees: Items[TokenTree]) -> Callable[[], list[Path]]:
+def _paths(sequences: Items[Sequence], trees: Items[TokenTree]) -> Callable[[], Paths]:
     """Each row's tokens from the start of its prompt: the root's, then every node's."""
-
-    def paths() -> list[Path]:
-        rows: list[Path] = []
-        for sequence, tree in zip(sequences, trees, strict=True):
-            lines: list[list[int]] = [list(sequence.tokens)]
-            drafted = tree.tokens.tolist()
-            for token, parent in zip(drafted, tree.parents, strict=True):
-                lines.append([*lines[parent + 1], token])
-            rows.extend(lines)
-        return rows
-
-    return paths
+    prefixes = [Prefix(s.tokens, s.prompt_len, s.left_padding) for s in sequences]
+    return lambda: Paths.of_trees(
+        prefixes, [tree.tokens for tree in trees], [tree.parents for tree in trees]
+    )
 
 
 def _to_host(

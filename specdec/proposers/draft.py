@@ -2,6 +2,8 @@
 2302.01318), over the same slots of the same pages as the target."""
 
 from collections.abc import Callable, Sequence as Items
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from specdec.cache import CacheGroup
 from specdec.proposers.base import Proposer
 from specdec.rng import Noise, StepNoise
 from specdec.runner import Runner, SequenceRows
-from specdec.sampling import Law, Path
+from specdec.sampling import Law, Paths, Prefix, SamplingParams
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
 
@@ -22,14 +24,27 @@ class DraftModelProposer(Proposer):
 
     Where the two vocabularies differ by padding rows, the draft's law is cut or padded with zeros:
     a token that the target does not have is never drafted.
+
+    The draft samples by the target's law unless it is told otherwise: temperature, top_k, top_p and
+    min_p replace the target's own (temperature 0 drafts its best token), processors=False leaves
+    the processors before them to the target. Any setting is lossless: q is the law that a token was
+    drawn from. Greedy targets are drafted for greedily.
     """
 
     name = "draft"
     law = "sampled"
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(
+        self, runner: Runner, *, temperature: float | None = None, top_k: int | None = None,
+        top_p: float | None = None, min_p: float | None = None, processors: bool = True,
+    ) -> None:  # fmt: skip
         self.runner = runner
         self._vocab_size = runner.vocab_size
+        own = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        self._own = {name: value for name, value in own.items() if value is not None}
+        SamplingParams(**self._own)  # type: ignore[arg-type]  # raises for values out of range
+        self._processors = processors
+        self._laws: WeakKeyDictionary[Law, Law] = WeakKeyDictionary()
 
     def join(self, group: CacheGroup, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -66,9 +81,25 @@ class DraftModelProposer(Proposer):
             for t, q in zip(tokens, laws, strict=True)
         ]
 
-    @staticmethod
-    def _coins(sequences: Items[Sequence], depth: int, noise: Noise) -> StepNoise | None:
-        if all(s.law.greedy for s in sequences):
+    def _law(self, sequence: Sequence) -> Law:
+        """What a sequence's tokens are drafted from: the target's law under the draft's options."""
+        law = sequence.law
+        if law.greedy or (not self._own and self._processors):
+            return law
+        if law not in self._laws:
+            own = dict(self._own)
+            greedy = own.get("temperature") == 0
+            if greedy:
+                own["temperature"] = 1.0
+            self._laws[law] = law.truncated(
+                replace(law.truncation, **own),  # type: ignore[arg-type]
+                greedy=greedy,
+                processors=self._processors,
+            )
+        return self._laws[law]
+
+    def _coins(self, sequences: Items[Sequence], depth: int, noise: Noise) -> StepNoise | None:
+        if all(self._law(s).greedy for s in sequences):
             return None
         device = torch.device("cpu")
         seeds, positions = [s.seed for s in sequences], [len(s.tokens) for s in sequences]
@@ -101,43 +132,45 @@ class DraftModelProposer(Proposer):
         tokens: list[list[Tensor]], laws: list[list[Tensor]],
     ) -> Tensor:  # fmt: skip
         """Chooses one token per active sequence, (len(active),), and records it with its law."""
-        first = sequences[active[0]].law
-        if all(sequences[i].law is first for i in active) and not first.by_path:
-            picked, q = self._pick_rows(first, logits, list, 0, rows, level, coins)
-        else:
-            parts = []
-            for row, i in enumerate(active):
-                sequence = sequences[i]
-                where = [rows[row] if rows is not None else row]
-
-                def path(s: Sequence = sequence, drawn: list[Tensor] = tokens[i]) -> list[Path]:
-                    return [[*s.tokens, *(int(t) for t in drawn)]]
-
-                parts.append(
-                    self._pick_rows(
-                        sequence.law, logits[row : row + 1], path, sequence.left_padding, where,
-                        level, coins,
-                    )
-                )  # fmt: skip
-            picked = torch.cat([p for p, _ in parts])
-            q = None
-            for i, (_, law) in zip(active, parts, strict=True):
-                if law is not None:
-                    laws[i].append(law)
+        by_law: dict[Law, list[int]] = {}
         for row, i in enumerate(active):
-            tokens[i].append(picked[row : row + 1])
-            if q is not None:
-                laws[i].append(q[row : row + 1])
+            by_law.setdefault(self._law(sequences[i]), []).append(row)
+        if len(by_law) == 1:
+            [law] = by_law
+            its_own = [sequences[i] for i in active]
+            paths = _paths(its_own, [tokens[i] for i in active], logits.device)
+            picked, q = self._pick_rows(law, logits, paths, rows, level, coins)
+            self._record(active, picked, q, tokens, laws)
+            return picked
+        picked = torch.empty(len(active), dtype=torch.long, device=logits.device)
+        for law, members in by_law.items():
+            chosen = [active[row] for row in members]
+            its_own = [sequences[i] for i in chosen]
+            paths = _paths(its_own, [tokens[i] for i in chosen], logits.device)
+            where = [rows[row] if rows is not None else row for row in members]
+            part, q = self._pick_rows(law, logits[members], paths, where, level, coins)
+            self._record(chosen, part, q, tokens, laws)
+            picked[members] = part
         return picked
 
     @staticmethod
+    def _record(
+        chosen: Items[int], picked: Tensor, q: Tensor | None, tokens: list[list[Tensor]],
+        laws: list[list[Tensor]],
+    ) -> None:  # fmt: skip
+        for row, i in enumerate(chosen):
+            tokens[i].append(picked[row : row + 1])
+            if q is not None:
+                laws[i].append(q[row : row + 1])
+
+    @staticmethod
     def _pick_rows(
-        law: Law, logits: Tensor, paths: Callable[[], list[Path]], padding: int,
-        rows: Items[int] | None, level: int, coins: StepNoise | None,
+        law: Law, logits: Tensor, paths: Callable[[], Paths], rows: Items[int] | None,
+        level: int, coins: StepNoise | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if law.greedy:
-            return law.best(logits, paths, padding), None
-        q = law.probabilities(logits, paths, padding)
+            return law.best(logits, paths), None
+        q = law.probabilities(logits, paths)
         assert coins is not None
         uniforms = coins.draft[:, level + 1]
         if rows is not None:
@@ -150,3 +183,19 @@ class DraftModelProposer(Proposer):
         if not laws:
             return TokenTree.chain(chain)
         return TokenTree.chain(chain, torch.cat(laws) if len(laws) > 1 else laws[0])
+
+
+def _paths(
+    sequences: Items[Sequence], drawn: Items[Items[Tensor]], device: torch.device
+) -> Callable[[], Paths]:
+    """Each sequence's tokens and what was drafted behind them, all to the same level."""
+
+    def paths() -> Paths:
+        prefixes = [Prefix(s.tokens, s.prompt_len, s.left_padding) for s in sequences]
+        depth = len(drawn[0])
+        flat = [token for line in drawn for token in line]
+        drafted = torch.cat(flat) if flat else torch.empty(0, dtype=torch.long, device=device)
+        lines = [(i, range(i * depth, (i + 1) * depth)) for i in range(len(sequences))]
+        return Paths.of(prefixes, drafted, lines)
+
+    return paths

@@ -1,0 +1,122 @@
+"""Processors of unknown kinds: called path by path, with a state per path where they offer one."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from specdec.errors import InvalidArgumentError
+from specdec.sampling.paths import Path, Paths
+
+
+@runtime_checkable
+class ForkableProcessor(Protocol):
+    """A logits processor with a state that follows the text: a grammar, a watermark, a model.
+
+    The one that the caller hands over stands for the end of the prompt. Every row of a tree gets a
+    processor of its own, forked from that of the row above. Neither a call nor a fork may change
+    what any other call or fork gives: most of what is forked belongs to drafts that are rejected.
+    """
+
+    def fork(self, parent: Any, token: int) -> Any:
+        """The processor for the path of parent and one more token; parent stays as it is.
+
+        parent is self or something that fork returned. Called on the one that the caller gave.
+        """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(1, n) unpadded ids and (1, V) scores of the next token -> (1, V) processed scores."""
+
+
+class PathByPath:
+    """Calls a function of (ids, scores) on every path alone."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, scores: Tensor, paths: Paths) -> Tensor:
+        rows = zip(scores.split(1), paths.rows(), strict=True)
+        return torch.cat([call(self.processor, row, path) for row, path in rows])
+
+    def prove(self, path: Path, scores: Tensor) -> None:
+        """Raises InvalidArgumentError if calls depend on earlier calls, as far as a few can show.
+
+        A repeated call and a discarded branch must not change the result.
+        """
+        first = call(self.processor, scores, path)
+        self._same(first, call(self.processor, scores, path), "a repeated call")
+        call(self.processor, scores, [*path, int(first.argmax())])
+        self._same(first, call(self.processor, scores, path), "a discarded branch")
+
+    def _same(self, first: Tensor, again: Tensor, what: str) -> None:
+        if not torch.equal(first, again):
+            raise InvalidArgumentError(
+                f"{type(self.processor).__name__}: {what} changes its result, so it keeps a state "
+                "that rejected drafts would corrupt. Give it fork(parent, token) "
+                "(specdec.sampling.ForkableProcessor), remove it, or use model.generate()"
+            )
+
+
+class ForkPerPath:
+    """Gives every path a processor forked along its generated tokens.
+
+    States are kept for what was asked last, so that the committed path goes on from its own; one
+    that was forgotten is forked again from the prompt's.
+    """
+
+    def __init__(self, processor: ForkableProcessor) -> None:
+        self.processor = processor
+        self._states: OrderedDict[tuple[int, tuple[int, ...]], Any] = OrderedDict()
+        self._most_rows = 32
+
+    def __call__(self, scores: Tensor, paths: Paths) -> Tensor:
+        rows = paths.rows()
+        processed = [
+            call(self._state(prompt_len, path), row, path)
+            for row, path, prompt_len in zip(scores.split(1), rows, paths.prompt_lens, strict=True)
+        ]
+        self._most_rows = max(self._most_rows, len(rows))
+        while len(self._states) > 4 * self._most_rows:  # a draft's rows and the target's, twice
+            self._states.popitem(last=False)
+        return torch.cat(processed)
+
+    def _state(self, prompt_len: int, path: list[int]) -> Any:
+        known = len(path)
+        while known > prompt_len and (prompt_len, tuple(path[:known])) not in self._states:
+            known -= 1
+        state: Any = self.processor
+        if known > prompt_len:
+            self._states.move_to_end((prompt_len, tuple(path[:known])))
+            state = self._states[prompt_len, tuple(path[:known])]
+        for end in range(known, len(path)):
+            state = self.processor.fork(state, path[end])
+            self._states[prompt_len, tuple(path[: end + 1])] = state
+        return state
+
+    def prove(self, path: Path, scores: Tensor) -> None:
+        """Raises InvalidArgumentError if a call or a fork changes what other rows get."""
+        first = call(self.processor, scores, path)
+        token = int(first.argmax())
+        child = self.processor.fork(self.processor, token)
+        below = call(child, scores, [*path, token])
+        grandchild = self.processor.fork(child, int(below.argmax()))
+        call(grandchild, scores, [*path, token, int(below.argmax())])
+        other = self.processor.fork(self.processor, token)
+        for what, state, line, wanted in (
+            ("a call of a fork", self.processor, path, first),
+            ("a fork", child, [*path, token], below),
+            ("a second fork", other, [*path, token], below),
+        ):
+            if not torch.equal(call(state, scores, line), wanted):
+                raise InvalidArgumentError(
+                    f"{type(self.processor).__name__}: {what} changes what other forks give; "
+                    "fork(parent, token) must return a processor that shares no state with parent"
+                )
+
+
+def call(processor: Any, scores: Tensor, path: Sequence[int]) -> Tensor:
+    """transformers' call for one path: (1, V) scores."""
+    ids = torch.tensor([list(path)], dtype=torch.long, device=scores.device)
+    return cast(Tensor, processor(ids, scores))
