@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence as Items
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,7 @@ class Engine:
         grow: bool = False,
         noise: Noise | None = None,
     ) -> None:
-        _refuse_unbuilt(tree=tree, draft_window=draft_window, proposer_options=proposer_options)
+        _refuse_unbuilt(tree=tree, draft_window=draft_window)
         if not lossy and verification in RULES and not RULES[verification].lossless:
             raise InvalidArgumentError(
                 f"verification={verification!r} changes what the target says; pass lossy=True to "
@@ -74,7 +75,7 @@ class Engine:
             )
         drafts = draft is not None or proposer is not None
         self.target = _runner(target, "several" if drafts else "one")
-        self.proposer = _make_proposer(proposer, draft, self.target)
+        self.proposer = _make_proposer(proposer, draft, self.target, proposer_options or {})
         self.policy = make_policy(policy, num_draft_tokens)
         self.noise = noise or PhiloxNoise()
         budget = _DEFAULT_KV_BYTES if kv_memory is None else kv_memory
@@ -221,6 +222,9 @@ class Engine:
         share = 1 / len(sequences)
         for sequence, verdict in zip(sequences, verdicts, strict=True):
             kept = sequence.append(list(verdict.tokens))
+            if sequence.logits is not None:
+                rows = [0, *(node + 1 for node in verdict.path)]
+                sequence.logits.append(verdict.logits[rows[: len(kept)]])
             record = StepRecord(
                 sequence.request_id, sequence.index, tuple(kept), verdict.drafted,
                 verdict.accepted, sequence.finish_reason,
@@ -335,7 +339,19 @@ def _runner(model: Any, rows: Rows) -> Runner:
     return runner
 
 
-def _make_proposer(proposer: str | Proposer | None, draft: Any, target: Runner) -> Proposer | None:
+def _check_options(options: dict[str, Any], *, has_draft: bool) -> None:
+    accepted = [*signature(DraftModelProposer).parameters][1:] if has_draft else []
+    if not set(options) <= set(accepted):
+        raise InvalidArgumentError(
+            f"proposer_options={options!r}: expected options of the proposer that a name or a "
+            f"draft makes: {', '.join(accepted) or 'none here'}"
+        )
+
+
+def _make_proposer(
+    proposer: str | Proposer | None, draft: Any, target: Runner, options: dict[str, Any]
+) -> Proposer | None:
+    _check_options(options, has_draft=draft is not None)
     if isinstance(proposer, Proposer):
         if draft is not None:
             raise InvalidArgumentError("pass either draft or a Proposer object, not both")
@@ -366,4 +382,4 @@ def _make_proposer(proposer: str | Proposer | None, draft: Any, target: Runner) 
             f"draft: its vocabulary has {runner.vocab_size} tokens, the target's "
             f"{target.vocab_size}; expected a draft with the target's tokenizer"
         )
-    return DraftModelProposer(runner)
+    return DraftModelProposer(runner, **options)

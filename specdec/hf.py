@@ -7,6 +7,7 @@ through generate(custom_generate=...), and only the decoding loop is ours.
 import copy
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +29,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specdec.engine import Engine, fresh_seed
 from specdec.errors import InvalidArgumentError
 from specdec.rng import derive_seed
-from specdec.sampling import Law
+from specdec.sampling import Law, Paths, Prefix
 from specdec.sequence import Sequence, StopCheck
 from specdec.stats import RunStats
 
 # Ways of decoding that transformers would choose by these, were the loop not ours.
 _REFUSED_MODES = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens")
-_REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+_REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states")
 _REFUSED_ARGUMENTS = {
     "position_ids": "specdec counts positions from the attention mask",
     "assistant_model": "the draft is given to specdec.wrap(target, draft=...)",
@@ -74,8 +75,12 @@ class SpecModel:
 
         seed: one 64-bit seed, or one per row; None draws one from torch's global generator. Raises
         InvalidArgumentError, by name, for what speculation cannot do: num_beams > 1,
-        assistant_model, inputs_embeds, output_attentions/hidden_states, output_scores/logits,
-        negative_prompt_ids, a filled past_key_values.
+        assistant_model, inputs_embeds, output_attentions/hidden_states, negative_prompt_ids, a
+        filled past_key_values, a logits processor whose state drafts would corrupt.
+
+        output_scores and output_logits, with return_dict_in_generate, give one (rows, V) float32
+        tensor per generated token: the target's processed scores, whose softmax is the law that the
+        token follows, and its raw logits. Rows that are over hold zeros there.
         """
         for name, reason in _REFUSED_ARGUMENTS.items():
             if kwargs.get(name) is not None:
@@ -144,6 +149,9 @@ class SpecModel:
         law = Law(_for_any_row(logits_processor, paddings), greedy=not config.do_sample)
         stops = _Stops(stopping_criteria)
         samples = config.num_return_sequences or 1
+        keeps_logits = bool(
+            config.return_dict_in_generate and (config.output_scores or config.output_logits)
+        )
         seeds = _row_seeds(seed, input_ids.shape[0] // samples, samples)
         rows: list[Sequence] = []
         try:
@@ -156,6 +164,8 @@ class SpecModel:
                         left_padding=padding,
                     )
                 )  # fmt: skip
+                if keeps_logits:
+                    rows[-1].logits = []
             while self.engine.scheduler.running:
                 for record in self.engine.step():
                     for token in record.tokens if streamer is not None else ():
@@ -170,7 +180,14 @@ class SpecModel:
         sequences = _collect(input_ids, rows, config)
         if not config.return_dict_in_generate:
             return sequences
-        return SpecOutput(sequences=sequences, stats=self.last_stats)  # type: ignore[arg-type]
+        return SpecOutput(
+            sequences=sequences,  # type: ignore[arg-type]
+            scores=_per_token(rows, law.scores) if config.output_scores else None,
+            logits=_per_token(rows, lambda logits, _: logits.float())
+            if config.output_logits
+            else None,
+            stats=self.last_stats,
+        )
 
 
 class _Bound:
@@ -300,6 +317,29 @@ def _collect(input_ids: Tensor, rows: list[Sequence], config: GenerationConfig) 
     return torch.cat((input_ids, tail), dim=1)
 
 
+def _per_token(
+    rows: Items[Sequence], scored: Callable[[Tensor, Callable[[], Paths]], Tensor]
+) -> tuple[Tensor, ...]:
+    """One (B, V) tensor per generated token, as transformers returns scores and logits.
+
+    transformers goes on computing rows that are over; here they hold zeros.
+    """
+    longest = max(row.generated for row in rows)
+    columns: list[Tensor] = []
+    for index, row in enumerate(rows):
+        prompt = Prefix(row.tokens[: row.prompt_len], row.prompt_len, row.left_padding)
+        generated = row.tokens[row.prompt_len :]
+        logits = torch.cat(row.logits or [])
+        drafted = torch.tensor(generated, device=logits.device)
+        lines = [(0, range(count)) for count in range(len(generated))]
+        scores = scored(logits, partial(Paths.of, [prompt], drafted, lines))
+        if not columns:
+            columns = [scores.new_zeros(len(rows), scores.shape[1]) for _ in range(longest)]
+        for column, its_scores in zip(columns, scores, strict=False):
+            column[index] = its_scores
+    return tuple(columns)
+
+
 def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
     """Makes a transformers causal LM generate speculatively, with the same output law.
 
@@ -316,6 +356,9 @@ def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
     verification: "auto" or a name in specdec.acceptance.RULES.
     num_draft_tokens: tokens drafted per step, or "auto". policy: "auto" or "constant".
     lossy: must be True for a rule that changes the law.
+    proposer_options: keywords of the proposer that a name or a draft makes. For a draft model
+        temperature, top_k, top_p, min_p: what the draft samples with where it differs from the
+        target; processors=False: the target's logits processors do not act on the draft.
     kv_memory: bytes that the caches of all models may take; the pool grows up to it on demand.
     release_weights: drop the originals of weights that packed copies stand in for; the target's
         own forward and state_dict() stop working.

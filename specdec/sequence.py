@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from specdec.cache import CachedSequence
 from specdec.sampling import Law
 from specdec.stats import RunStats
@@ -27,6 +29,7 @@ class Sequence:
     keep_cache: bool = False  # leave the pages open when it is over, for a next turn
     left_padding: int = 0  # as transformers counted it; only length-based processors look
     finish_reason: str | None = None
+    logits: list[Tensor] | None = None  # the target's rows of emitted tokens; None: not kept
     stats: RunStats = field(default_factory=RunStats)
 
     @property

@@ -621,8 +621,6 @@ def test_statistics_are_of_the_last_call_alone(spec: SpecModel, prompt: Inputs) 
         ("num_beams", {"num_beams": 2}),
         ("output_attentions", {"output_attentions": True}),
         ("output_hidden_states", {"output_hidden_states": True}),
-        ("output_scores", {"output_scores": True, "return_dict_in_generate": True}),
-        ("output_logits", {"output_logits": True, "return_dict_in_generate": True}),
         ("assistant_model", {"assistant_model": object()}),
         ("negative_prompt_ids", {"negative_prompt_ids": torch.ones(1, 2, dtype=torch.long)}),
         ("past_key_values", {"past_key_values": DynamicCache()}),

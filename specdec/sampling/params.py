@@ -46,7 +46,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, (holds, accepted) in _RANGES.items():
             value = getattr(self, name)
-            if not holds(value):
+            try:
+                holds_here = holds(value)
+            except TypeError:  # a value of another kind, which cannot be compared
+                holds_here = False
+            if not holds_here:
                 raise InvalidArgumentError(f"{name}={value!r}: expected {accepted}")
 
     def law(self) -> Law:

@@ -156,21 +156,21 @@ def _select(row: NDArray[np.float32], tail: float) -> float:
     while left.size > _SORTED:
         low, high = _bracket(left, below, tail)
         under = left < low
-        mass = below + float(np.multiply(left, under).sum(dtype=np.float64))
-        if np.float32(mass) > tail:
+        under_mass = below + float(np.multiply(left, under).sum(dtype=np.float64))
+        if np.float32(under_mass) > tail:
             left = left[under]
             continue
         inner = left[(left >= low) & (left < high)]
-        mass += float(inner.sum(dtype=np.float64))
-        if np.float32(mass) > tail:
+        inner_mass = under_mass + float(inner.sum(dtype=np.float64))
+        if np.float32(inner_mass) > tail:
             if inner.size == left.size:  # nothing but ties
                 return float(low)
-            left = inner
+            below, left = under_mass, inner
             continue
         over = left[left >= high]
         if over.size == 0:
             return float(low)
-        below, left = mass, over
+        below, left = inner_mass, over
     left = np.sort(left)
     enough = (below + left.cumsum(dtype=np.float64)).astype(np.float32) > tail
     return float(left[enough.argmax() if enough.any() else -1])
