@@ -146,8 +146,7 @@ def _kseq_rho(p: Law, q: Law, k: int) -> float:
     low, high = 1.0, float(k)
     if valid(low):
         return low
-    for _ in range(60):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:
         low, high = (low, middle) if valid(middle) else (middle, high)
     return high
 
