@@ -55,6 +55,15 @@ class Step:
         self.memory, self.segments, self.windows = memory, segments, windows
         self._biases: dict[tuple[int, Window | None, int], Tensor | None] = {}
         self._flat: dict[int, Tensor] = {}
+        self._derived: dict[object, list[Any]] = {}
+        self.longest = max(segment.rows for segment in segments)
+
+    def derived(self, key: object, make: Callable[[Segment], Any]) -> list[Any]:
+        """What make says of each segment; asked once per pass and key, shared by the layers."""
+        found = self._derived.get(key)
+        if found is None:
+            found = self._derived[key] = [make(segment) for segment in self.segments]
+        return found
 
     def window(self, size: int, sees: Callable[[int, int], bool]) -> Window:
         """The window of this size, as a Recorder learnt it."""

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from specdec.acceptance import RULES
 from specdec.cache import CacheGroup, pages_for_memory
 from specdec.errors import InvalidArgumentError
-from specdec.forward import Rows
 from specdec.policy import make_policy
 from specdec.proposers import REGISTRY, DraftModelProposer, Proposer
 from specdec.rng import Noise, PhiloxNoise, derive_seed
@@ -73,8 +72,7 @@ class Engine:
                 f"verification={verification!r} changes what the target says; pass lossy=True to "
                 "accept that"
             )
-        drafts = draft is not None or proposer is not None
-        self.target = _runner(target, "several" if drafts else "one")
+        self.target = _runner(target)
         self.proposer = _make_proposer(proposer, draft, self.target, proposer_options or {})
         self.policy = make_policy(policy, num_draft_tokens)
         self.noise = noise or PhiloxNoise()
@@ -332,9 +330,9 @@ def _refuse_unbuilt(**arguments: object) -> None:
             raise InvalidArgumentError(f"{name}={value!r} is not supported yet: expected None")
 
 
-def _runner(model: Any, rows: Rows) -> Runner:
+def _runner(model: Any) -> Runner:
     if isinstance(model, PreTrainedModel) or not hasattr(model, "score"):
-        return ModelRunner(model, rows=rows)
+        return ModelRunner(model)
     runner: Runner = model
     return runner
 
@@ -368,11 +366,7 @@ def _make_proposer(
         if proposer is not None:
             raise InvalidArgumentError(f"proposer={proposer!r} needs draft=<a small model>")
         return None
-    runner = (
-        ModelRunner(draft, exact=False, rows="one")
-        if isinstance(draft, PreTrainedModel)
-        else _runner(draft, "one")
-    )
+    runner = _runner(draft)
     if runner.device != target.device:
         raise InvalidArgumentError(
             f"draft: it is on {runner.device}, the target on {target.device}; move one of them"

@@ -1,6 +1,5 @@
 """Runs one model on packed ragged rows over the paged cache; target and draft alike."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +18,6 @@ from specdec.forward import (
     CaptureError,
     ModuleForward,
     PackedLinears,
-    Rows,
     release_packed,
 )
 from specdec.selftest import prove
@@ -53,24 +51,15 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """A transformers causal LM. Its forward is proved against the model's own when it is made.
+    """A transformers causal LM. Its forward is proved against the model's own when it is made."""
 
-    exact=False allows a float32 copy of a small half-precision model on the CPU, where that is
-    quicker: right for a draft, whose law is kept as it was sampled and owes nobody a dtype.
-    rows: "one" where most passes have one row (plain decoding, a draft's chain), "several" where
-    they verify; it decides how weights are laid out, never what is computed.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, *, exact: bool = True, rows: Rows = "several"
-    ) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         """Raises UnsupportedModelError for a class that cannot be run on packed rows."""
         check_supported(model)
-        self._source, self._exact, self._rows = model, exact, rows
-        self.model = model if exact else _quick_copy(model)
+        self.model = model
         self.device = model.device
         self.max_positions = _exact_context(model)
-        self._prepared = _prepare(self.model, self.max_positions, self._rows)
+        self._prepared = _prepare(self.model, self.max_positions)
         self.vocab_size: int = self._prepared.vocab_size
         self._memory: Paged | None = None
         self._positions = torch.arange(self.max_positions or 65536, device=self.device)
@@ -95,10 +84,8 @@ class ModelRunner:
 
     def refresh(self) -> None:
         """Packs the weights anew if they were changed since; cheap when they were not."""
-        if not self._exact:
-            self.model = _quick_copy(self._source)
         if self._prepared.versions != _versions(self.model):
-            self._prepared = _prepare(self.model, self.max_positions, self._rows)
+            self._prepared = _prepare(self.model, self.max_positions)
 
     def release_weights(self) -> int:
         """Drops the originals that packed copies stand in for; returns the bytes freed.
@@ -189,27 +176,10 @@ class _Prepared:
 
 
 # A model is prepared and proved once, however often it is wrapped.
-_PREPARED: "WeakKeyDictionary[PreTrainedModel, dict[Rows, _Prepared]]" = WeakKeyDictionary()
+_PREPARED: "WeakKeyDictionary[PreTrainedModel, _Prepared]" = WeakKeyDictionary()
 
 
 _Versions = tuple[tuple[int, int, int], ...]
-
-# Copies made by _quick_copy, each with the state of the original it was made from.
-_COPIES: "WeakKeyDictionary[PreTrainedModel, tuple[_Versions, PreTrainedModel]]"
-_COPIES = WeakKeyDictionary()
-_QUICK_COPY_PARAMETERS = 1 << 23
-
-
-def _quick_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A float32 copy of a small half-precision model on the CPU, else the model itself."""
-    small = model.num_parameters() <= _QUICK_COPY_PARAMETERS
-    if model.device.type != "cpu" or model.dtype == torch.float32 or not small:
-        return model
-    known = _COPIES.get(model)
-    if known is None or known[0] != _versions(model):
-        known = (_versions(model), copy.deepcopy(model).float())
-        _COPIES[model] = known
-    return known[1]
 
 
 def _versions(model: PreTrainedModel) -> _Versions:
@@ -234,9 +204,8 @@ def _exact_context(model: PreTrainedModel) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _prepare(model: PreTrainedModel, max_positions: int | None, layout: Rows) -> _Prepared:
-    prepared_for = _PREPARED.setdefault(model, {})
-    known = prepared_for.get(layout)
+def _prepare(model: PreTrainedModel, max_positions: int | None) -> _Prepared:
+    known = _PREPARED.get(model)
     if known is not None and known.versions == _versions(model):
         return known
     if model.training:
@@ -254,7 +223,7 @@ def _prepare(model: PreTrainedModel, max_positions: int | None, layout: Rows) ->
         raise UnsupportedModelError(
             f"{type(model).__name__} has a sliding and a chunked window of the same size"
         )
-    forward, note = _choose_forward(own, windows, max_positions, layout)
+    forward, note = _choose_forward(own, windows, max_positions)
     try:
         prove(model, forward, shapes, windows)
     except (RuntimeError, UnsupportedModelError) as error:
@@ -264,7 +233,7 @@ def _prepare(model: PreTrainedModel, max_positions: int | None, layout: Rows) ->
         note = f"not captured: its replay failed the proof: {error}"
         prove(model, forward, shapes, windows)
     prepared = _Prepared(forward, note, shapes, windows, vocab_size, _versions(model))
-    prepared_for[layout] = prepared
+    _PREPARED[model] = prepared
     return prepared
 
 
@@ -292,13 +261,13 @@ def _record(own: ModuleForward) -> tuple[Recorder, int]:
 
 
 def _choose_forward(
-    own: ModuleForward, windows: dict[int, Window], max_positions: int | None, layout: Rows
+    own: ModuleForward, windows: dict[int, Window], max_positions: int | None
 ) -> tuple[ModuleForward | CapturedForward, str]:
     """The quickest forward that this model and device allow, and why not a quicker one."""
     if own.model.device.type != "cpu":
         return own, "capture is for the CPU"
     try:
-        return CapturedForward(own, windows, max_positions, layout), ""
+        return CapturedForward(own, windows, max_positions), ""
     except CaptureError as error:
         return ModuleForward(own.model, PackedLinears(own.model)), f"not captured: {error}"
 

@@ -19,6 +19,7 @@ from specdec.forward import (
     ModuleForward,
     PackedLinears,
     captured,
+    jit,
     packing,
 )
 from specdec.runner import ModelRunner, SequenceRows
@@ -56,14 +57,14 @@ def build(stem: str = "Llama", model_class: Any = None, **options: Any) -> PreTr
 class Pass:
     """One model's two forwards, each with a cache of its own holding the same prompt."""
 
-    def __init__(self, model: PreTrainedModel, rows: packing.Rows = "several") -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.own = model, ModuleForward(model)
         recorder = Recorder()
         three = torch.arange(3)
         self.own(three[None], three[None], three, recorder)
         self.shapes: list[LayerShape] = [recorder.shapes[i] for i in sorted(recorder.shapes)]
         self.windows = {window.size: window for window in recorder.windows}
-        self.captured = CapturedForward(self.own, self.windows, POSITIONS, rows)
+        self.captured = CapturedForward(self.own, self.windows, POSITIONS)
 
     def logits(
         self, forward: ModuleForward | CapturedForward, rows: int, keep: list[int], context: int = 9
@@ -101,6 +102,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": build,
     "llama-biases": lambda: build(attention_bias=True, mlp_bias=True),
     "llama-mha": lambda: build(num_key_value_heads=4),
+    "llama-heads-of-64": lambda: build(head_dim=64),
     "qwen3": lambda: build("Qwen3", head_dim=12),
     "gemma2": lambda: build(
         "Gemma2", head_dim=12, attn_logit_softcapping=0.5, **SLIDING
@@ -112,14 +114,17 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 @pytest.fixture(scope="module")
-def passes() -> Callable[[str, packing.Rows], Pass]:
-    """Each model's passes, made once."""
-    made: dict[tuple[str, str], Pass] = {}
+def passes() -> "Passes":
+    """Each model's passes, made once; compiled=False: as on a machine without the kernels."""
+    made: dict[tuple[str, bool], Pass] = {}
 
-    def get(name: str, rows: packing.Rows = "several") -> Pass:
-        if (name, rows) not in made:
-            made[name, rows] = Pass(MODELS[name](), rows)
-        return made[name, rows]
+    def get(name: str, *, compiled: bool = True) -> Pass:
+        if (name, compiled) not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                if not compiled:
+                    patch.setattr(jit, "why_not", lambda: "not in this test")
+                made[name, compiled] = Pass(MODELS[name]())
+        return made[name, compiled]
 
     return get
 
@@ -129,22 +134,17 @@ Passes = Callable[..., Pass]
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rows", [1, 2, 7, 40], ids=lambda rows: f"rows{rows}")
-def test_captured_forward_equals_the_modules(name: str, rows: int, passes: Passes) -> None:
-    both = passes(name)
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+def test_captured_forward_equals_the_modules(
+    name: str, rows: int, compiled: bool, passes: Passes
+) -> None:
+    both = passes(name, compiled=compiled)
     for keep in KEEPS.values():
         found = both.logits(both.captured, rows, keep(rows))
         assert_within(found, both.logits(both.own, rows, keep(rows)), CLOSE)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 40], ids=lambda rows: f"rows{rows}")
-def test_layout_for_single_rows_computes_the_same(rows: int, passes: Passes) -> None:
-    one, several = passes("llama-biases", "one"), passes("llama-biases")
-    keep = list(range(rows))
-    found = one.logits(one.captured, rows, keep)
-    assert_within(found, several.logits(several.own, rows, keep), CLOSE)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "llama-heads-of-64", "gemma2"])
 @pytest.mark.parametrize("rows", [1, 2, 7, 40], ids=lambda rows: f"rows{rows}")
 def test_bfloat16_replay_is_within_the_tolerance_table(name: str, rows: int) -> None:
     both = Pass(MODELS[name]().bfloat16())
@@ -164,9 +164,13 @@ def test_no_row_kept_gives_no_logits(passes: Passes) -> None:
 # What the rewrites make of the graph.
 
 
-def source_of(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> str:
+def source_of(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, *, compiled: bool = False
+) -> str:
     """The replay's Python, with every global replaced by what it names."""
     sources: list[str] = []
+    if not compiled:
+        monkeypatch.setattr(jit, "why_not", lambda: "not in this test")
 
     def keep(source: str, *args: Any) -> Any:
         sources.append(source)
@@ -198,6 +202,17 @@ def test_rewrites_of_llama_happen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert source.count(f"index_select(constant[{POSITIONS}, 1, 8], 0, positions_1[0])") == 2
     for left_over in ("cos(", "sin(", "pow(", "rsqrt(", "step.attend(", "neg(", "cat("):
         assert left_over not in source
+
+
+@pytest.mark.skipif(bool(jit.why_not()), reason=jit.why_not())
+def test_compiled_linears_take_in_norms_gates_and_residuals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = source_of(build(head_dim=64, vocab_size=112), monkeypatch, compiled=True)
+    assert source.count("= linear(") == 2 * 4 + 1
+    assert source.count("merged_attention(") == 2
+    for left_over in ("rms_norm(", "silu(", "add(", "mul(", "qkv_attention("):
+        assert left_over not in source.replace("qkv_attention =", "")
 
 
 def test_biases_are_merged_with_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,32 +500,3 @@ def test_module_forward_with_packed_layers_scores_like_the_model() -> None:
     with torch.no_grad():
         wanted = model(torch.tensor([prompt])).logits[0]
     assert_within(found, wanted, CLOSE)
-
-
-@pytest.mark.skipif(not packing._OPENBLAS, reason="numpy does not use OpenBLAS here")
-def test_numpys_threads_are_put_back() -> None:
-    library = packing._OPENBLAS[0]
-    before = library.get_num_threads()
-    library.set_num_threads(2)
-    try:
-        with packing.limited_blas():
-            assert library.get_num_threads() == 1
-        assert library.get_num_threads() == 2
-    finally:
-        library.set_num_threads(before)
-
-
-@pytest.mark.skipif(not packing._OPENBLAS, reason="numpy does not use OpenBLAS here")
-def test_numpys_blas_never_competes_with_torchs_threads() -> None:
-    """Two pools on the same cores wait for each other: ten times slower on two cores."""
-    [library, *_] = packing._OPENBLAS
-    before, threads = library.get_num_threads(), torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        library.set_num_threads(2)
-        with packing.limited_blas():
-            assert library.get_num_threads() == 1
-        assert library.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
-        library.set_num_threads(before)

@@ -2,13 +2,12 @@
 
 from specdec.forward.captured import CapturedForward, CaptureError
 from specdec.forward.module import ModuleForward
-from specdec.forward.packing import PackedLinears, Rows, release_packed
+from specdec.forward.packing import PackedLinears, release_packed
 
 __all__ = [
     "CaptureError",
     "CapturedForward",
     "ModuleForward",
     "PackedLinears",
-    "Rows",
     "release_packed",
 ]

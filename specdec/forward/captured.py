@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from specdec.attention import Recorder, Step, call_of
 from specdec.backend import Window
-from specdec.forward.fused import qkv_attention, rms_norm, rotary
+from specdec.forward import jit
+from specdec.forward.fused import fused_linear, qkv_attention, rms_norm, rotary
+from specdec.forward.merge import merge_around_linears
 from specdec.forward.module import ModuleForward
-from specdec.forward.packing import Rows, limited_blas, quick_linear
+from specdec.forward.packing import quick_linear
 from specdec.forward.rewrite import Rewriter, position_only_nodes
 
 aten = torch.ops.aten
@@ -66,7 +68,6 @@ class CapturedForward:
         own: ModuleForward,
         windows: Mapping[int, Window],
         max_positions: int | None,
-        rows: Rows,
     ) -> None:
         """Raises CaptureError where the model's Python depends on values or writes in place."""
         module = _trace(own, windows, next(own.model.parameters()).device)
@@ -77,13 +78,15 @@ class CapturedForward:
         with torch.no_grad():
             rewriter.run()
             tables = _position_tables(module, max_positions) if max_positions else {}
-        self._replay = _Emitter(module, tables, rows).function()
+            if not jit.why_not():
+                merge_around_linears(module)
+        self._replay = _Emitter(module, tables).function()
 
     def __call__(
         self, input_ids: Tensor, positions: Tensor, keep: Tensor, step: Step | Recorder
     ) -> Tensor:
         """Logits (n, V) of the rows named by keep; input_ids and positions are (1, R)."""
-        with torch.inference_mode(), limited_blas():
+        with torch.inference_mode():
             logits: Tensor = self._replay(input_ids, positions, keep, step)
             return logits
 
@@ -186,10 +189,8 @@ def _evaluate(module: fx.GraphModule, wanted: list[Node], positions: Tensor) -> 
 class _Emitter:
     """Writes the graph as one Python function over quick operator names."""
 
-    def __init__(
-        self, module: fx.GraphModule, tables: dict[Node, tuple[Tensor, int]], rows: Rows
-    ) -> None:
-        self.module, self.tables, self.rows = module, tables, rows
+    def __init__(self, module: fx.GraphModule, tables: dict[Node, tuple[Tensor, int]]) -> None:
+        self.module, self.tables = module, tables
         self.names: dict[str, Any] = {}
         self.lines: list[str] = []
 
@@ -264,7 +265,9 @@ class _Emitter:
         if target is qkv_attention:
             call = self.bind(call_of(*node.args[1]))  # type: ignore[misc]
             rest = ", ".join(self.text(a) for a in node.args[2:])
-            return f"{self.bind(qkv_attention)}(step, {call}, {rest})"
+            return f"{self.bind(self._attention_for(node))}(step, {call}, {rest})"
+        if target is fused_linear:
+            return self._fused_linear(node)
         if "specdec.attention" in str(target):
             q, k, v, sinks = (self.text(a) for a in node.args[:4])
             call = self.bind(call_of(*node.args[4:]))  # type: ignore[arg-type]
@@ -287,11 +290,44 @@ class _Emitter:
         x = self.text(node.args[0])
         quick = None
         if weight is not None and (bias_node is None or bias is not None):
-            quick = quick_linear(weight, bias, self.rows)
+            quick = quick_linear(weight, bias)
         if quick is None:
             rest = "".join(f", {self.text(a)}" for a in node.args[1:])
             return f"{self.bind(F.linear)}({x}{rest})"
         return f"{self.bind(quick)}({x})"
+
+    def _fused_linear(self, node: Node) -> str:
+        from specdec.forward.jit.linear import make_linear
+
+        x, weight, bias, doubled, eps, gated, residual = node.args
+        matrix, norm = self._constant(weight), self._constant(doubled)
+        assert matrix is not None
+        assert isinstance(eps, float)
+        halved = None if norm is None else (norm[: matrix.shape[1]].clone(), eps)
+        linear = make_linear(matrix, self._constant(bias), norm=halved, gated=bool(gated))
+        rest = "" if residual is None else f", {self.text(residual)}"
+        return f"{self.bind(linear)}({self.text(x)}{rest})"
+
+    def _attention_for(self, node: Node) -> Callable[..., Tensor]:
+        """The compiled attention where it takes this node's heads and numbers."""
+        if jit.why_not():
+            return qkv_attention
+        from specdec.forward.jit.attention import fits, merged_attention
+
+        _, _, heads, kv_heads, qkv, cos, sin = node.args
+        assert isinstance(heads, int)
+        assert isinstance(kv_heads, int)
+        angles = [self.tables.get(a) for a in (cos, sin) if isinstance(a, Node)]
+        weight = self._constant(qkv.args[1]) if isinstance(qkv, Node) else None
+        if weight is None or len(angles) != 2:
+            return qkv_attention
+        size = weight.shape[0] // (heads + 2 * kv_heads)
+        same = all(a is not None and a[0].dtype == weight.dtype for a in angles)
+        return (
+            merged_attention
+            if same and fits(heads, kv_heads, size, weight.dtype)
+            else qkv_attention
+        )
 
     def _slice(self, node: Node) -> str:
         source, dim, begin, end = (*node.args, 0, 2**63 - 1)[:4]

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
@@ -34,3 +35,20 @@ def qkv_attention(
     values = x[:, heads + kv_heads :]
     out: Tensor = step.attend(call, rotated[:, :heads], rotated[:, heads:], values, None)
     return out[None]
+
+
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, doubled_norm: Tensor | None, eps: float,
+    gated: bool, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[rms norm ->] linear [+ bias], then either + residual or, gated, silu(first half) * second.
+
+    What jit.linear.make_linear compiles, on torch's own operators.
+    """
+    if doubled_norm is not None:
+        x = rms_norm(x, doubled_norm, x.shape[-1], eps)
+    y = F.linear(x, weight, bias)
+    if gated:
+        gate, up = y.chunk(2, -1)
+        return F.silu(gate) * up
+    return y if residual is None else residual + y

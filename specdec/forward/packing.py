@@ -1,21 +1,19 @@
 """Linear layers with weights laid out for the CPU and for few rows.
 
-torch's own float32 and bfloat16 linear reads unpacked weights: at 2-16 rows it costs 1.3-8x what
-oneDNN's packed layout costs, and one float32 row runs at half the memory bandwidth that OpenBLAS
-reaches on the transposed weight. The originals stay where they are; the copies serve a step only.
+torch's own float32 and bfloat16 linear reads unpacked weights: at 2-16 rows it costs 1.3-8x what a
+packed layout costs. The compiled kernels have the quickest layout; where they cannot run, oneDNN's
+stands in. The originals stay where they are; the copies serve a step only.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
 
-import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
+from specdec.forward import jit
+
 Linear = Callable[[Tensor], Tensor]
-Rows = Literal["one", "several"]  # what most passes will have
 _PACK_FOR_ROWS = 8  # oneDNN chooses its layout for this many rows; it serves 1-64 well
 
 
@@ -59,53 +57,17 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     return linear
 
 
-# numpy's own BLAS. Where that is not OpenBLAS, single rows go the way of several.
-_OPENBLAS = ThreadpoolController().select(internal_api="openblas").lib_controllers
+def has_quick(weight: Tensor) -> bool:
+    """Whether quick_linear has something for this weight."""
+    return jit.takes(weight) or pays_to_pack(weight)
 
 
-@contextmanager
-def limited_blas() -> Iterator[None]:
-    """Inside, numpy's BLAS runs on one thread; outside, on as many as before.
-
-    One row is bound by memory, and a pool of OpenBLAS's own would wait at every call for the cores
-    on which torch's idle threads still spin: measured, a tenfold slowdown on two cores.
-    """
-    wanted = 1
-    before = [library.get_num_threads() for library in _OPENBLAS]
-    for library, threads in zip(_OPENBLAS, before, strict=True):
-        if threads != wanted:
-            library.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        for library, threads in zip(_OPENBLAS, before, strict=True):
-            if threads != wanted:
-                library.set_num_threads(threads)
-
-
-def row_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """x -> x @ weight.T + bias over a transposed float32 copy; one row goes through OpenBLAS."""
-    with torch.inference_mode():
-        transposed = weight.detach().t().contiguous()
-    array, inputs, outputs = transposed.numpy(), weight.shape[1], weight.shape[0]
-    kept_bias = None if bias is None else bias.detach()
-    dot, wrap = np.dot, torch.from_numpy
-
-    def linear(x: Tensor) -> Tensor:
-        if x.numel() == inputs:
-            y = wrap(dot(x.numpy().reshape(inputs), array)).view(*x.shape[:-1], outputs)
-        else:
-            y = torch.matmul(x, transposed)
-        return y if kept_bias is None else y + kept_bias
-
-    return linear
-
-
-def quick_linear(weight: Tensor, bias: Tensor | None, rows: Rows) -> Linear | None:
+def quick_linear(weight: Tensor, bias: Tensor | None) -> Linear | None:
     """The quickest linear over a copy of weight on this machine; None: torch's own is."""
-    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.ndim == 2
-    if rows == "one" and is_plain and _OPENBLAS:
-        return row_linear(weight, bias)
+    if jit.takes(weight):
+        from specdec.forward.jit.linear import make_linear
+
+        return make_linear(weight, bias)
     return pack_linear(weight, bias) if pays_to_pack(weight) else None
 
 
@@ -116,10 +78,12 @@ class PackedLinears:
         self._layers: list[tuple[nn.Module, Linear]] = []
         made: dict[tuple[int, int], Linear] = {}  # tied weights are packed once
         for module in model.modules():
-            if type(module) is nn.Linear and pays_to_pack(module.weight):
-                key = id(module.weight), id(module.bias)
-                if key not in made:
-                    made[key] = pack_linear(module.weight, module.bias)
+            if type(module) is not nn.Linear:
+                continue
+            key = id(module.weight), id(module.bias)
+            if key not in made and (quick := quick_linear(module.weight, module.bias)):
+                made[key] = quick
+            if key in made:
                 self._layers.append((module, made[key]))
 
     def __len__(self) -> int:
@@ -150,7 +114,7 @@ def release_packed(model: nn.Module) -> int:
     for module in model.modules():
         if type(module) is not nn.Linear or owners[id(module.weight)] > 1:
             continue
-        if pays_to_pack(module.weight):
+        if has_quick(module.weight):
             freed += module.weight.numel() * module.weight.itemsize
             module.weight.data = module.weight.data.new_empty(0)
     return freed
