@@ -118,13 +118,13 @@ def derive_seed(seed: int, row: int, sample: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepNoise:
-    """The uniforms of one step, each (B, rows) float32 in [0, 1); row 0 is the root, row i + 1
-    node i of the tree."""
+    """The uniforms of one step, float32 in [0, 1); row 0 is the root, row i + 1 node i of the
+    tree."""
 
-    draft: Tensor  # draws node i
-    accept: Tensor  # accepts node i
-    residual: Tensor  # draws the token that replaces a rejected child of this row
-    bonus: Tensor  # draws the token that follows this row when everything was accepted
+    draft: Tensor  # (B, rows) draws node i
+    accept: Tensor  # (B, rows, copies) accepts node i, once per proposal that names it
+    residual: Tensor  # (B, rows) draws the token that replaces the rejected children of this row
+    bonus: Tensor  # (B, rows) draws the token that follows this row when everything was accepted
 
 
 class Noise(ABC):
@@ -132,9 +132,11 @@ class Noise(ABC):
 
     @abstractmethod
     def step(
-        self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device
-    ) -> StepNoise:
-        """One step's uniforms; positions: tokens committed when the step began, per sequence."""
+        self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device,
+        copies: int = 1,
+    ) -> StepNoise:  # fmt: skip
+        """One step's uniforms; positions: tokens committed when the step began, per sequence;
+        copies: accept coins per row, TreeBatch.copies."""
 
     @abstractmethod
     def gumbel(
@@ -147,14 +149,19 @@ class PhiloxNoise(Noise):
     """Production noise; stateless, so order and batching change nothing."""
 
     def step(
-        self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device
-    ) -> StepNoise:
+        self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device,
+        copies: int = 1,
+    ) -> StepNoise:  # fmt: skip
         B, keys = len(seeds), _keys(seeds)
         odd = _step_counters(B, rows)
         even = np.zeros(odd.shape, np.uint32)
         even[1] = np.array(positions, np.uint32)[:, None]
         even, _ = _rounds(even, odd, keys.reshape(2, 1, B, 1))
-        return StepNoise(*torch.from_numpy(uniform(even[0])).to(device).unbind(0))
+        draft, accept, residual, bonus = torch.from_numpy(uniform(even[0])).to(device).unbind(0)
+        coins = accept[..., None]
+        if copies > 1:
+            coins = torch.from_numpy(_accept_copies(keys, positions, rows, copies)).to(device)
+        return StepNoise(draft, coins, residual, bonus)
 
     def gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device
@@ -173,6 +180,20 @@ class PhiloxNoise(Noise):
         return torch.from_numpy(noise.astype(np.float32)).to(device)
 
 
+def _accept_copies(
+    keys: NDArray[np.uint32], positions: Sequence[int], rows: int, copies: int
+) -> NDArray[np.float32]:
+    """(B, rows, copies): copy c is output word c % 4 of block c // 4, so the first is the one of a
+    step without copies."""
+    counters = np.empty((len(positions), rows, -(-copies // 4), 4), np.uint32)
+    counters[..., 0] = np.arange(counters.shape[2])
+    counters[..., 1] = np.arange(rows)[:, None]
+    counters[..., 2] = np.array(positions)[:, None, None]
+    counters[..., 3] = int(Purpose.ACCEPT)
+    words = philox_numpy(counters, keys.T[:, None, None])
+    return uniform(words.reshape(len(positions), rows, -1)[..., :copies])
+
+
 @lru_cache(maxsize=256)
 def _step_counters(B: int, rows: int) -> NDArray[np.uint32]:
     """Counter words 1 (node) and 3 (purpose) of a step: (2, purposes, B, rows), never written."""
@@ -189,7 +210,10 @@ def _keys(seeds: Sequence[int]) -> NDArray[np.uint32]:
 
 
 class RecordedNoise(Noise):
-    """Noise that a test wrote down: uniforms by (purpose, sequence), Gumbel rows by position."""
+    """Noise that a test wrote down: uniforms by (purpose, sequence), Gumbel rows by position.
+
+    Accept coins may have one number per row, or one per copy.
+    """
 
     def __init__(
         self,
@@ -199,14 +223,20 @@ class RecordedNoise(Noise):
         self._uniforms, self._gumbel = dict(uniforms or {}), dict(gumbel_rows or {})
 
     def step(
-        self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device
-    ) -> StepNoise:
+        self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device,
+        copies: int = 1,
+    ) -> StepNoise:  # fmt: skip
         del positions
+        drawn: list[Tensor] = []
         for purpose in _STEP_PURPOSES:
             held = self._uniforms.get(purpose)
+            if held is not None and purpose == Purpose.ACCEPT:
+                held = held if held.ndim == 3 else held[..., None]
+                held = held[..., :copies] if held.shape[2] >= copies else None
             if held is None or held.shape[0] != len(seeds) or held.shape[1] < rows:
                 raise InvalidArgumentError(f"no {rows} recorded uniforms for {purpose.name}")
-        return StepNoise(*(self._uniforms[p][:, :rows].float().to(device) for p in _STEP_PURPOSES))
+            drawn.append(held[:, :rows].float().to(device))
+        return StepNoise(*drawn)
 
     def gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device

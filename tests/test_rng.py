@@ -72,10 +72,25 @@ def test_step_noise_is_addressed_as_promised(rows: int) -> None:
     noise = PhiloxNoise().step(seeds, positions, rows, CPU)
     for name, purpose in [("draft", 1), ("accept", 2), ("residual", 3), ("bonus", 4)]:
         drawn = getattr(noise, name)
+        drawn = drawn[..., 0] if name == "accept" else drawn
         assert drawn.shape == (3, rows)
         assert drawn.dtype == torch.float32
         for (b, seed), row in itertools.product(enumerate(seeds), range(rows)):
             assert drawn[b, row] == uniform(word(seed, row, positions[b], purpose)[:1])[0]
+
+
+@pytest.mark.parametrize("copies", [2, 4, 5, 9])
+def test_copies_of_a_proposal_have_coins_of_their_own(copies: int) -> None:
+    seeds, positions, rows = [7, 2**33 + 5], [0, 4096], 5
+    noise = PhiloxNoise().step(seeds, positions, rows, CPU, copies=copies)
+    once = PhiloxNoise().step(seeds, positions, rows, CPU)
+    assert noise.accept.shape == (2, rows, copies)
+    assert torch.equal(noise.accept[..., :1], once.accept)
+    for name in ("draft", "residual", "bonus"):
+        assert torch.equal(getattr(noise, name), getattr(once, name))
+    for (b, seed), row, copy in itertools.product(enumerate(seeds), range(rows), range(copies)):
+        lanes = word(seed, row, positions[b], Purpose.ACCEPT, copy // 4)
+        assert noise.accept[b, row, copy] == uniform(lanes)[copy % 4]
 
 
 @pytest.mark.parametrize("vocab", [1, 4, 63, 1000])
@@ -139,7 +154,12 @@ def test_recorded_noise_replays_and_refuses_the_rest() -> None:
     }
     noise: Noise = RecordedNoise(uniforms, {4: torch.arange(5.0)})
     step = noise.step([0, 0], [1, 2], 2, CPU)
-    assert torch.equal(step.accept, torch.full((2, 2), 0.25))
+    assert torch.equal(step.accept, torch.full((2, 2, 1), 0.25))
+    coins = torch.rand(2, 3, 4)
+    copied = RecordedNoise({**uniforms, Purpose.ACCEPT: coins}).step([0, 0], [1, 2], 2, CPU, 3)
+    assert torch.equal(copied.accept, coins[:, :2, :3])
+    with pytest.raises(InvalidArgumentError, match="ACCEPT"):
+        noise.step([0, 0], [1, 2], 2, CPU, copies=2)
     assert torch.equal(noise.gumbel([0, 0], [4, 4], 5, CPU), torch.arange(5.0).expand(2, 5))
     with pytest.raises(InvalidArgumentError, match="DRAFT"):
         noise.step([0, 0], [1, 2], 4, CPU)
