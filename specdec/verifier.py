@@ -154,8 +154,6 @@ def _to_host(
 ) -> list[Answer]:
     """One answer per sequence: the step's one synchronisation. q: the drafter's laws."""
     valid = outcome.valid.long()
-    if q is not None:  # bit 1: a drafter's NaN would pass for a law
-        valid = valid + 2 * q.sum().isnan()
     packed = torch.cat(
         (valid[:, None], outcome.accepted[:, None], outcome.path, outcome.tokens), dim=1
     ).tolist()
@@ -163,9 +161,10 @@ def _to_host(
     answers: list[Answer] = []
     for row, first_row, sequence in zip(packed, batch.row_offsets, sequences, strict=False):
         sound, accepted = row[0], row[1]
-        if sound != 1:
+        if not sound:
+            is_draft = q is not None and bool(q.isnan().any())
             raise NumericalError(
-                f"the {'draft' if sound > 1 else 'target'}'s logits hold NaN or infinity at step "
+                f"the {'draft' if is_draft else 'target'}'s logits hold NaN or infinity at step "
                 f"{sequence.stats.steps} of {sequence.request_id}; check its weights and dtype"
             )
         path = tuple(r - first_row - 1 for r in row[2 : 2 + accepted])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.acceptance.draw import sample
 from specdec.acceptance.kseq import kseq
-from specdec.acceptance.laws import diagnose, is_law, require
+from specdec.acceptance.laws import are_laws, diagnose, is_law, require
 from specdec.acceptance.layout import Layout, Outcome, TreeBatch
 from specdec.acceptance.trees import follow, recursive, traversal, typical, walk
 from specdec.rng import StepNoise
@@ -74,11 +74,13 @@ def token(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
         return recursive(batch, p, q, noise)  # the same rule, where each row has one proposal
     p_drafted, q_drafted = _drafted(batch, p, q)
     coins = noise.accept[:, 1 : layout.depth + 1, 0]
+    if q_drafted is not None:
+        coins = coins * _by_node(layout, q_drafted)
     # u * q < p rather than u < p / q: q may be tiny, and u in [0, 1) must never accept p == 0
-    keep = (coins if q_drafted is None else coins * q_drafted) < p_drafted
+    keep = coins < _by_node(layout, p_drafted)
     if not layout.is_even:
         keep &= layout.inside
-    is_valid = _valid(layout, p, q, q_drafted)
+    is_valid = _valid(batch, p, q, q_drafted)
     return _finish(batch, p, q, keep.cumprod(1).sum(1), None, noise, is_valid)
 
 
@@ -91,11 +93,12 @@ def block(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
     if not layout.is_plain:
         return traversal(batch, p, q, noise)  # the same rule, where each row has one proposal
     p_drafted, q_drafted = _drafted(batch, p, q)
-    weights = _weights(p_drafted, q_drafted).to(p.dtype)
+    ratios = p_drafted.double() if q_drafted is None else p_drafted.double() / q_drafted
+    weights = _weights(_by_node(layout, ratios)).to(p.dtype)
     # h_i for 1 <= i < g needs the residual mass of the next position; h_g = w_g.
     inner = weights[:, 1:-1]
     if q is None:
-        mass = inner * (1 - p_drafted[:, 1:])
+        mass = inner * (1 - _by_node(layout, p_drafted)[:, 1:])
     else:
         residual = _by_row(layout, p)[:, 1:-1] * inner[..., None]  # (B, depth - 1, V)
         mass = residual.sub_(_by_node(layout, q)[:, 1:]).clamp_min_(0).sum(-1)
@@ -109,18 +112,16 @@ def block(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
     # the LARGEST success: the coins are independent, and a failed one stops nothing
     accepted = (success * layout.steps[1:]).amax(1)
     weight = weights.gather(1, accepted[:, None])
-    return _finish(batch, p, q, accepted, weight, noise, _valid(layout, p, q, q_drafted))
+    return _finish(batch, p, q, accepted, weight, noise, _valid(batch, p, q, q_drafted))
 
 
-def _weights(p_drafted: Tensor, q_drafted: Tensor | None) -> Tensor:
-    """(B, depth + 1) float64: w_0 = 1, w_i = min(w_{i-1} p_i / q_i, 1), clipped at every step.
+def _weights(ratios: Tensor) -> Tensor:
+    """(B, depth) p_i / q_i -> (B, depth + 1): w_0 = 1, w_i = min(w_{i-1} p_i / q_i, 1), clipped at
+    every step.
 
     Products, not sums of logarithms: a coin that ties with an exact weight then decides as in the
     definition. float64, where p / q of two float32 numbers cannot overflow.
     """
-    ratios = p_drafted.double()
-    if q_drafted is not None:
-        ratios = ratios / q_drafted
     weights = [torch.ones_like(ratios[:, 0])]
     for ratio in ratios.unbind(1):
         weights.append((weights[-1] * ratio).clamp_max_(1))
@@ -142,14 +143,14 @@ def _by_node(layout: Layout, packed: Tensor) -> Tensor:
 
 
 def _drafted(batch: TreeBatch, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(B, depth) each: what target and drafter gave the drafted tokens; None stands for one."""
+    """(nodes,) each: what target and drafter gave the drafted tokens; None stands for one."""
     layout = batch.layout
     where = torch.add(batch.tokens, layout.parent_rows, alpha=p.shape[1])
-    p_drafted = _by_node(layout, p.reshape(-1).index_select(0, where))
+    p_drafted = p.reshape(-1).index_select(0, where)
     if q is None:
         return p_drafted, None
     where = torch.add(batch.tokens, layout.nodes, alpha=q.shape[1])
-    return p_drafted, _by_node(layout, q.reshape(-1).index_select(0, where))
+    return p_drafted, q.reshape(-1).index_select(0, where)
 
 
 def _finish(
@@ -184,12 +185,12 @@ def _extra_only(batch: TreeBatch, p: Tensor, noise: StepNoise) -> Outcome:
     return Outcome(torch.zeros_like(extra), extra[:, None], path, is_law(p))
 
 
-def _valid(layout: Layout, p: Tensor, q: Tensor | None, q_drafted: Tensor | None) -> Tensor:
+def _valid(batch: TreeBatch, p: Tensor, q: Tensor | None, q_drafted: Tensor | None) -> Tensor:
     """(B,) whether every law of a sequence is one, and every drafted token has mass in its own."""
-    found = _by_row(layout, is_law(p)).all(1)
-    if q is not None and q_drafted is not None:
-        drawn = _by_node(layout, is_law(q)) & (q_drafted > 0)
-        if not layout.is_even:
-            drawn |= layout.inside.logical_not()
-        found &= drawn.all(1)
-    return found
+    layout = batch.layout
+    if q is None or q_drafted is None:
+        return _by_row(layout, is_law(p)).all(1)
+    # both at once: on small laws the number of calls is what costs
+    sound = are_laws(torch.cat((p.sum(-1), q.sum(-1))), torch.cat((p.amin(-1), q.amin(-1))))
+    sound[p.shape[0] :].logical_and_(q_drafted > 0)
+    return sound[layout.checked].all(1)

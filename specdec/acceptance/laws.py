@@ -56,7 +56,12 @@ def _require_iid(draws: Sequence[Draw]) -> None:
 
 def is_law(p: Tensor) -> Tensor:
     """(n, V) -> (n,) whether each row sums to one without a negative entry; NaN does not."""
-    return (p.sum(-1).sub_(1).abs_() < TOLERANCE).logical_and_(p.amin(-1) >= 0)
+    return are_laws(p.sum(-1), p.amin(-1))
+
+
+def are_laws(sums: Tensor, least: Tensor) -> Tensor:
+    """is_law, from each row's sum and its least entry."""
+    return (sums.sub(1).abs_() < TOLERANCE).logical_and_(least >= 0)
 
 
 def valid(batch: TreeBatch, p: Tensor, q: Tensor | None) -> Tensor:

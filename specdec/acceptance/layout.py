@@ -101,6 +101,9 @@ class Layout:
     chain_nodes: Tensor  # (B, depth + 1) packed number of the node below that row, 0 past the end
     inside: Tensor  # (B, depth) bool: whether the chain reaches that depth
     is_last: Tensor  # (B, depth) bool: whether the chain ends there
+    checked: (
+        Tensor  # (B, 2 depth + 1) per sequence its rows and, numbered after all rows, its nodes
+    )
     steps: Tensor  # (depth + 1,) 0, 1, 2, ...
     blank: Tensor  # (B, 1) of -1
     branches: Callable[[], Branches]  # made on first use: chains never need it
@@ -165,6 +168,7 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
         return _branches(shapes, draws, depth, tensor)
 
     starts = list(zip(row_offsets, node_offsets, lengths, strict=False))
+    R = row_offsets[-1]
     return Layout(
         row_offsets=tuple(row_offsets),
         lengths=lengths,
@@ -190,6 +194,15 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
         is_last=tensor(
             [[i == n - 1 for i in range(depth)] for n in lengths], len(shapes), depth
         ).bool(),
+        checked=tensor(
+            [
+                [
+                    *(r + min(i, n) for i in along),
+                    *(R + o + i if i < n else r for i in range(depth)),
+                ]
+                for r, o, n in starts
+            ]
+        ),
         steps=tensor(along),
         blank=tensor([[-1]] * len(shapes)),
         branches=branches,
