@@ -404,23 +404,37 @@ class Comparison(NamedTuple):
         return [(self.ours.get(text, 0), self.target.get(text, 0)) for text in texts]
 
 
-def compare(
-    verify: Verify, grow: Grow, shape: tuple[int, ...], tables: Tables,
-    wanted: Sequence[Law] | None = None, *, pick: bool = True,
-) -> Comparison:  # fmt: skip
-    """wanted: what plain decoding samples from, by last token; the target's laws if None."""
-    step = {last: one_iteration(verify, grow, shape, tables, last, pick=pick) for last in range(V)}
-    speculative, plain = step.__getitem__, plain_decoding(wanted or tables.target)
-    tokens = len(shape) + 2
+def iteration_laws(
+    verify: Verify, grow: Grow, shape: tuple[int, ...], tables: Tables, *, pick: bool = True
+) -> list[Joint]:
+    """What one iteration emits, by last token."""
+    return [
+        one_iteration(verify, grow, shape, tables, last, pick=pick) for last in range(V)
+    ]  # fmt: skip
+
+
+def compare_laws(laws: Sequence[Joint], wanted: Sequence[Law], depth: int) -> Comparison:
+    """laws: of an iteration, wanted: of plain decoding, both by last token."""
+    speculative, plain, tokens = laws.__getitem__, plain_decoding(wanted), depth + 2
     return Comparison(chained([speculative, speculative, plain], tokens), chained([plain], tokens))
+
+
+def compare(verify: Verify, grow: Grow, shape: tuple[int, ...], tables: Tables) -> Comparison:
+    """Any verifier on any draft against the target."""
+    laws = iteration_laws(verify, grow, shape, tables)
+    return compare_laws(laws, tables.target, len(shape))
+
+
+def accepted_tokens(iteration: Joint) -> Probability:
+    """Expected number of accepted tokens: all but one of the emitted."""
+    return sum((len(emitted) - 1) * mass for emitted, mass in iteration.items())
 
 
 def expected_accepted(
     verify: Verify, grow: Grow, shape: tuple[int, ...], tables: Tables
 ) -> Probability:
     """How many drafted tokens an iteration after START accepts."""
-    law = one_iteration(verify, grow, shape, tables, START, pick=True)
-    return sum((len(emitted) - 1) * mass for emitted, mass in law.items())
+    return accepted_tokens(one_iteration(verify, grow, shape, tables, START, pick=True))
 
 
 def rule(name: str, *, public: bool = True) -> Verify:
@@ -434,12 +448,24 @@ def rule(name: str, *, public: bool = True) -> Verify:
     return verify
 
 
+def rule_laws(
+    name: str, shape: str, draft: str, tables: Tables, *, public: bool = True
+) -> list[Joint]:
+    """One cell of the matrix: what an iteration emits, by last token."""
+    pick = name in ("greedy", "walk")  # their tokens decide
+    verify = rule(name, public=public)
+    return iteration_laws(verify, DRAFTS[draft], SHAPES[shape], tables, pick=pick)
+
+
+def promised(name: str, tables: Tables) -> Sequence[Law]:
+    """What plain decoding samples from: the target's laws; for greedy their argmax."""
+    if name != "greedy":
+        return tables.target
+    return [point(best_tokens(p, 1)[0], p) for p in tables.target]
+
+
 def compare_rule(
     name: str, shape: str, draft: str, tables: Tables, *, public: bool = True
 ) -> Comparison:
-    """One cell of the matrix. What greedy promises is the target's argmax."""
-    best = [point(best_tokens(p, 1)[0], p) for p in tables.target]
-    wanted, pick = best if name == "greedy" else None, name in ("greedy", "walk")
-    return compare(
-        rule(name, public=public), DRAFTS[draft], SHAPES[shape], tables, wanted, pick=pick
-    )
+    laws = rule_laws(name, shape, draft, tables, public=public)
+    return compare_laws(laws, promised(name, tables), len(SHAPES[shape]))

@@ -21,7 +21,17 @@ from tqdm import tqdm
 
 from specdec.acceptance import reference
 from specdec.evals import coupling, enumeration
-from specdec.evals.enumeration import DRAFTS, ENUMERATED_RULES, SHAPES, TABLES, is_valid
+from specdec.evals.enumeration import (
+    DRAFTS,
+    ENUMERATED_RULES,
+    SHAPES,
+    START,
+    TABLES,
+    Joint,
+    Probability,
+    Tables,
+    is_valid,
+)  # fmt: skip
 
 SEEDS = 20
 PATHS = 400  # seeds of the drafter-invariant rule per cell
@@ -48,19 +58,24 @@ def run_cell(rule: str, shape: str, draft: str, tables: str) -> Result:
     if rule == "gumbel":
         counts = [coupling.mismatches(shape, draft, tables, seed) for seed in range(PATHS)]
         return {"seeds": PATHS, "mismatches": sum(counts)}
-    verify, grow = enumeration.rule(rule, public=False), DRAFTS[draft]
     floats, fractions, accepted = 0.0, Fraction(0), 0.0
     for seed in range(SEEDS):
         exact = enumeration.make_tables(tables, seed)
-        rounded = exact.as_floats()
-        error = enumeration.compare_rule(rule, shape, draft, rounded, public=False).error
+        laws, error = _differences(rule, shape, draft, exact.as_floats())
         floats = max(floats, error)
-        accepted += enumeration.expected_accepted(verify, grow, SHAPES[shape], rounded) / SEEDS
+        accepted += enumeration.accepted_tokens(laws[START]) / SEEDS
         if rule != "kseq":  # its rho is a root of a polynomial
-            found = enumeration.compare_rule(rule, shape, draft, exact, public=False)
-            fractions = max(fractions, Fraction(found.error))
+            fractions = max(fractions, Fraction(_differences(rule, shape, draft, exact)[1]))
     result = {"seeds": SEEDS, "float64": float(f"{floats:.2g}"), "accepted": round(accepted, 4)}
     return result if rule == "kseq" else {**result, "fraction": str(fractions)}
+
+
+def _differences(
+    rule: str, shape: str, draft: str, tables: Tables
+) -> tuple[list[Joint], Probability]:
+    laws = enumeration.rule_laws(rule, shape, draft, tables, public=False)
+    wanted = enumeration.promised(rule, tables)
+    return laws, enumeration.compare_laws(laws, wanted, len(SHAPES[shape])).error
 
 
 def passed(result: Result) -> bool:
