@@ -8,9 +8,10 @@ never calls a kernel never imports Triton.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from specdec.kernels.philox import philox_words
     from specdec.kernels.reference import tree_attention
 
-__all__ = ["tree_attention"]
+__all__ = ["philox_words", "tree_attention"]
 
 
 def __getattr__(name: str) -> object:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> object:
         from specdec.kernels.reference import tree_attention
 
         return tree_attention
+    if name == "philox_words":
+        from specdec.kernels.philox import philox_words
+
+        return philox_words
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -99,6 +99,16 @@ def log_uniform(words: NDArray[np.uint32]) -> NDArray[np.float64]:
     return ((words >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24
 
 
+def uniform_torch(words: Tensor) -> Tensor:
+    """uniform on int64 tensors; the same bits."""
+    return (words >> 8).float() * 2.0**-24
+
+
+def log_uniform_torch(words: Tensor) -> Tensor:
+    """log_uniform on int64 tensors; the same bits."""
+    return ((words >> 8).double() + 0.5) * 2.0**-24
+
+
 def split_seed(seed: int) -> tuple[int, int]:
     """A 64-bit seed as (low, high) key words."""
     if not 0 <= seed < 1 << 64:

@@ -1,11 +1,16 @@
 """Philox gives the published words, the same on every path, and addresses do not overlap."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from specdec import kernels
 from specdec.errors import InvalidArgumentError
 from specdec.rng import (
     Noise,
@@ -14,9 +19,11 @@ from specdec.rng import (
     RecordedNoise,
     derive_seed,
     log_uniform,
+    log_uniform_torch,
     philox_numpy,
     philox_torch,
     uniform,
+    uniform_torch,
 )
 
 CPU = torch.device("cpu")
@@ -58,6 +65,59 @@ def test_numpy_and_torch_have_the_same_bits(shape: tuple[int, ...]) -> None:
         torch.from_numpy(counter.astype(np.int64)), torch.from_numpy(key.astype(np.int64))
     )
     assert np.array_equal(philox_numpy(counter, key), ours.numpy())
+
+
+def random_words(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counters and keys, the published ones first."""
+    rng = np.random.default_rng(n)
+    counters = rng.integers(0, 2**32, (n, 4), dtype=np.uint32)
+    keys = rng.integers(0, 2**32, (n, 2), dtype=np.uint32)
+    for i, (counter, key, _) in enumerate(KNOWN[:n]):
+        counters[i], keys[i] = counter, key
+    return counters, keys
+
+
+@pytest.mark.parametrize("n", [1, 63, 1000])
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_words_and_uniforms_have_the_same_bits_on_every_path(path: str, n: int) -> None:
+    counters, keys = random_words(n)
+    expected = philox_numpy(counters, keys)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wide = [torch.from_numpy(a.astype(np.int64)).to(device) for a in (counters, keys)]
+    if path == "triton":
+        words, uniforms, log_uniforms = kernels.philox_words(*wide)
+    else:
+        words = philox_torch(*wide)
+        uniforms, log_uniforms = uniform_torch(words), log_uniform_torch(words)
+    assert np.array_equal(words.cpu().numpy(), expected.astype(np.int64))
+    assert uniforms.dtype == torch.float32
+    assert np.array_equal(uniforms.cpu().numpy(), uniform(expected))
+    assert log_uniforms.dtype == torch.float64
+    assert np.array_equal(log_uniforms.cpu().numpy(), log_uniform(expected))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from specdec.kernels import philox
+signature = {"counters": "*i64", "keys": "*i64", "words": "*i64", "uniforms": "*fp32",
+             "log_uniforms": "*fp64", "n": "i32", "BLOCK": "constexpr"}
+source = ASTSource(philox._philox_kernel, signature, {"BLOCK": 256})
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+"""
+
+
+def test_kernel_compiles_ahead_of_time_for_hopper(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", COMPILE], capture_output=True, text=True, env=environment,
+        cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ".target sm_90" in done.stdout
+    assert "mul.hi.u32" in done.stdout
 
 
 def test_uniforms_stay_inside_their_interval() -> None:
