@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
 )
@@ -36,6 +38,12 @@ from specdec.stats import RunStats
 # Ways of decoding that transformers would choose by these, were the loop not ours.
 _REFUSED_MODES = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens")
 _REFUSED_OUTPUTS = ("output_attentions", "output_hidden_states")
+# Processors that look at the number of a row in transformers' batch, and the argument behind them.
+_BY_ROW: dict[type, str] = {
+    PrefixConstrainedLogitsProcessor: "prefix_allowed_tokens_fn",
+    EncoderRepetitionPenaltyLogitsProcessor: "encoder_repetition_penalty",
+    EncoderNoRepeatNGramLogitsProcessor: "encoder_no_repeat_ngram_size",
+}
 _REFUSED_ARGUMENTS = {
     "position_ids": "specdec counts positions from the attention mask",
     "assistant_model": "the draft is given to specdec.wrap(target, draft=...)",
@@ -164,8 +172,7 @@ class SpecModel:
                         left_padding=padding,
                     )
                 )  # fmt: skip
-                if keeps_logits:
-                    rows[-1].logits = []
+                rows[-1].logits = [] if keeps_logits else None
             while self.engine.scheduler.running:
                 for record in self.engine.step():
                     for token in record.tokens if streamer is not None else ():
@@ -180,12 +187,10 @@ class SpecModel:
         sequences = _collect(input_ids, rows, config)
         if not config.return_dict_in_generate:
             return sequences
-        return SpecOutput(
+        return SpecOutput(  # transformers types its tuples as if they held one tensor
             sequences=sequences,  # type: ignore[arg-type]
-            scores=_per_token(rows, law.scores) if config.output_scores else None,
-            logits=_per_token(rows, lambda logits, _: logits.float())
-            if config.output_logits
-            else None,
+            scores=_per_token(rows, config.output_scores, law.scores),  # type: ignore[arg-type]
+            logits=_per_token(rows, config.output_logits, _raw),  # type: ignore[arg-type]
             stats=self.last_stats,
         )
 
@@ -301,8 +306,11 @@ def _check_request(
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise InvalidArgumentError(f"past_key_values: {_REFUSED_ARGUMENTS['past_key_values']}")
-    if rows > 1 and any(isinstance(p, PrefixConstrainedLogitsProcessor) for p in processors):
-        raise InvalidArgumentError("prefix_allowed_tokens_fn: expected a batch of one prompt")
+    for processor in processors if rows > 1 else ():
+        if type(processor) in _BY_ROW:
+            raise InvalidArgumentError(
+                f"{_BY_ROW[type(processor)]}: expected a batch of one prompt, got {rows} rows"
+            )
 
 
 def _collect(input_ids: Tensor, rows: list[Sequence], config: GenerationConfig) -> Tensor:
@@ -318,12 +326,15 @@ def _collect(input_ids: Tensor, rows: list[Sequence], config: GenerationConfig) 
 
 
 def _per_token(
-    rows: Items[Sequence], scored: Callable[[Tensor, Callable[[], Paths]], Tensor]
-) -> tuple[Tensor, ...]:
-    """One (B, V) tensor per generated token, as transformers returns scores and logits.
+    rows: Items[Sequence], wanted: bool | None,
+    scored: Callable[[Tensor, Callable[[], Paths]], Tensor],
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """One (B, V) tensor per generated token, as transformers returns scores and logits, if wanted.
 
     transformers goes on computing rows that are over; here they hold zeros.
     """
+    if not wanted:
+        return None
     longest = max(row.generated for row in rows)
     columns: list[Tensor] = []
     for index, row in enumerate(rows):
@@ -338,6 +349,10 @@ def _per_token(
         for column, its_scores in zip(columns, scores, strict=False):
             column[index] = its_scores
     return tuple(columns)
+
+
+def _raw(logits: Tensor, _: Callable[[], Paths]) -> Tensor:
+    return logits.float()
 
 
 def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:

@@ -20,6 +20,7 @@ from transformers import (
     TextStreamer,
 )
 from transformers.generation.logits_process import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -375,6 +376,149 @@ def test_processor_of_the_callers_own_is_called_along_each_path(
     assert out.stats.slow_processors == ("NoNeighbours",)
 
 
+class Brackets(LogitsProcessor):
+    """A grammar with a state: tokens 0, 3, 6.. open, 1, 4, 7.. close, at most two deep.
+
+    It reads on from where it stood, so transformers can call it on one growing text.
+    """
+
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = depth
+        self.length: int | None = None
+
+    def fork(self, parent: "Brackets", token: int) -> "Brackets":
+        return Brackets(parent.depth + {0: 1, 1: -1, 2: 0}[token % 3])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        [ids] = input_ids.tolist()
+        for token in ids[self.length :] if self.length is not None else ():
+            self.depth = self.fork(self, token).depth
+        self.length = len(ids)
+        kind = torch.arange(scores.shape[1]) % 3
+        banned = (kind == 0) & (self.depth == 2) | (kind == 1) & (self.depth == 0)
+        return scores.masked_fill(banned, float("-inf"))
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 4])
+def test_grammar_that_forks_gives_the_text_of_transformers_sequential_run(
+    target: Model,
+    draft: Model,
+    tokenizer: PreTrainedTokenizerFast,
+    batch: Inputs,
+    num_draft_tokens: int,
+) -> None:
+    spec = specdec.wrap(target, draft=draft, num_draft_tokens=num_draft_tokens)
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
+    out = spec.generate(**batch, **options, logits_processor=LogitsProcessorList([Brackets()]))
+    for row, text in enumerate(TEXTS):
+        one = encode(tokenizer, text)
+        own = LogitsProcessorList([Brackets()])
+        wanted = target.generate(**one, **options, logits_processor=own)
+        assert continuation(out, batch, row) == continuation(wanted, one)
+    assert not torch.equal(out, spec.generate(**batch, **options))
+    assert spec.last_stats is not None
+    assert spec.last_stats.accepted > 0 or num_draft_tokens == 0
+
+
+def test_grammar_holds_in_sampled_text_and_its_forks_are_shown(sure: SpecModel) -> None:
+    own = LogitsProcessorList([Brackets()])
+    prompt = torch.tensor([[5, 6, 7]])
+    out = sure.generate(
+        prompt, do_sample=True, max_new_tokens=64, seed=4, logits_processor=own,
+        eos_token_id=None, return_dict_in_generate=True,
+    )  # fmt: skip
+    depth = 0
+    for token in out.sequences[0, 3:].tolist():
+        depth += {0: 1, 1: -1, 2: 0}[token % 3]
+        assert 0 <= depth <= 2
+    assert out.stats.slow_processors == ("Brackets",)
+    assert out.stats.acceptance_rate > 0.999  # the draft has the same states
+
+
+def test_processor_with_a_state_and_no_fork_is_refused_by_name(
+    spec: SpecModel, prompt: Inputs
+) -> None:
+    class Alternates(LogitsProcessor):
+        calls = 0
+
+        def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+            self.calls += 1
+            return scores if self.calls % 2 else -scores
+
+    with pytest.raises(InvalidArgumentError, match=r"Alternates: .* fork\(parent, token\)"):
+        spec.generate(
+            **prompt, max_new_tokens=4, logits_processor=LogitsProcessorList([Alternates()])
+        )
+    assert free(spec)
+
+
+# --- a draft that samples by other settings than the target
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.4}, {"temperature": 0}, {"top_k": 3, "temperature": 2.0}, {"top_p": 0.5}],
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_settings_of_the_draft_change_nothing_in_the_law(
+    tiny_pair: tuple[Model, Model], options: dict[str, Any]
+) -> None:
+    target, draft = tiny_pair
+    law = two_token_law(target)
+    lengths = []
+    for its_options in (options, None):
+        spec = specdec.wrap(target, draft=draft, num_draft_tokens=2, proposer_options=its_options)
+        if its_options:
+            assert distance(spec, law) < bound(law)
+        spec.generate(torch.tensor([PROMPT] * 64), do_sample=True, max_new_tokens=9, seed=1)
+        assert spec.last_stats is not None
+        lengths.append(spec.last_stats.accepted_lengths)
+    assert lengths[0] != lengths[1]
+
+
+def test_draft_without_the_targets_processors_is_lossless_and_calls_them_less(
+    target: Model, prompt: Inputs
+) -> None:
+    class OddOnly(LogitsProcessor):
+        calls = 0
+
+        def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+            OddOnly.calls += 1
+            return scores.masked_fill(torch.arange(scores.shape[1]) % 2 == 0, float("-inf"))
+
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
+    own = LogitsProcessorList([OddOnly()])
+    wanted = target.generate(**prompt, **options, logits_processor=own)
+    rates, calls = [], []
+    for processors in (True, False):
+        spec = specdec.wrap(
+            target, draft=target, num_draft_tokens=3, proposer_options={"processors": processors}
+        )
+        OddOnly.calls = 0
+        assert torch.equal(spec.generate(**prompt, **options, logits_processor=own), wanted)
+        assert spec.last_stats is not None
+        rates.append(spec.last_stats.acceptance_rate)
+        calls.append(OddOnly.calls / spec.last_stats.steps)
+    assert rates[1] < rates[0] == 1
+    assert calls[1] < calls[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heat": 1.0}, r"proposer_options=.*heat.*: expected .*temperature, top_k, top_p, min_p"),
+        ({"temperature": -1.0}, r"temperature=-1\.0: expected"),
+        ({"top_k": 2.5}, r"top_k=2\.5: expected"),
+    ],
+    ids=["unknown", "negative", "no number"],
+)
+def test_bad_setting_of_the_draft_is_refused(
+    target: Model, draft: Model, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        specdec.wrap(target, draft=draft, proposer_options=options)
+
+
 @pytest.mark.parametrize("rule", ["block", "token"])
 def test_truncated_sampling_stays_inside_the_target_s_nucleus(
     target: Model, draft: Model, prompt: Inputs, rule: str
@@ -605,6 +749,82 @@ def test_output_type_is_transformers_with_stats(
     assert 0 < stats.draft_seconds + stats.verify_seconds <= stats.total_seconds
 
 
+SCORED: dict[str, Any] = {
+    "output_scores": True, "output_logits": True, "return_dict_in_generate": True
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"repetition_penalty": 1.4, "suppress_tokens": [9, 22]}, {"min_new_tokens": 3}],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_scores_and_logits_are_those_of_transformers(
+    spec: SpecModel,
+    target: Model,
+    batch: Inputs,
+    alone: list[list[int]],
+    options: dict[str, Any],
+) -> None:
+    options = {**options, **SCORED, "do_sample": False, "max_new_tokens": 10}
+    options["eos_token_id"] = [1, alone[0][4], alone[1][2]]
+    ours, theirs = spec.generate(**batch, **options), target.generate(**batch, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    lengths = [len(continuation(ours.sequences, batch, row)) for row in range(len(TEXTS))]
+    assert min(lengths) < max(lengths) == len(ours.scores)
+    for name in ("scores", "logits"):
+        mine, wanted = getattr(ours, name), getattr(theirs, name)
+        assert isinstance(mine, tuple)
+        assert len(mine) == len(wanted)
+        for step, (one, other) in enumerate(zip(mine, wanted, strict=True)):
+            assert one.shape == other.shape
+            assert one.dtype == other.dtype
+            running = torch.tensor(lengths) > step
+            torch.testing.assert_close(one[running], other[running], rtol=1e-4, atol=1e-4)
+            assert not one[~running].any()
+    got, wanted = (
+        target.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+        for out in (ours, theirs)
+    )
+    running = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    torch.testing.assert_close(got[running], wanted[running], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["auto", "token", "gumbel"])
+def test_scores_of_sampled_tokens_are_their_log_probabilities_under_the_target(
+    target: Model, draft: Model, batch: Inputs, rule: str
+) -> None:
+    spec = specdec.wrap(target, draft=draft, verification=rule)
+    warpers: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
+    out = spec.generate(
+        **batch, **SCORED, **warpers, do_sample=True, max_new_tokens=9, seed=3, eos_token_id=None
+    )
+    width = batch["input_ids"].shape[1]
+    mask = torch.cat((batch["attention_mask"], torch.ones(len(TEXTS), 9, dtype=torch.long)), 1)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        logits = target(out.sequences, attention_mask=mask, position_ids=positions).logits
+    rows = logits[:, width - 1 : -1].flatten(0, 1)
+    listed = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(40), TopPLogitsWarper(0.9)]
+    everything: Any = LogitsProcessorList(listed)
+    law = everything(torch.zeros(len(rows), 1, dtype=torch.long), rows).log_softmax(-1)
+    wanted = law.gather(1, out.sequences[:, width:].reshape(-1, 1)).view(len(TEXTS), 9)
+    got = target.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.stack(out.logits, 1).flatten(0, 1), rows, rtol=0, atol=1e-3)
+
+
+def test_scores_are_returned_only_when_asked_for(spec: SpecModel, prompt: Inputs) -> None:
+    out = spec.generate(**prompt, max_new_tokens=3, return_dict_in_generate=True)
+    assert out.scores is None
+    assert out.logits is None
+    out = spec.generate(
+        **prompt, max_new_tokens=3, return_dict_in_generate=True, output_logits=True
+    )
+    assert out.scores is None
+    assert len(out.logits) == 3
+
+
 def test_statistics_are_of_the_last_call_alone(spec: SpecModel, prompt: Inputs) -> None:
     for count in (5, 3):
         spec.generate(**prompt, max_new_tokens=count, do_sample=False)
@@ -653,6 +873,8 @@ def test_prefix_function_is_for_one_prompt(
     assert torch.equal(spec.generate(**prompt, **options), wanted)
     with pytest.raises(InvalidArgumentError, match="prefix_allowed_tokens_fn"):
         spec.generate(**batch, **options)
+    with pytest.raises(InvalidArgumentError, match="encoder_repetition_penalty"):
+        spec.generate(**batch, encoder_repetition_penalty=1.2, max_new_tokens=2)
 
 
 def test_spec_of_another_model_is_refused(spec: SpecModel, draft: Model, prompt: Inputs) -> None:

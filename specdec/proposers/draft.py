@@ -84,11 +84,11 @@ class DraftModelProposer(Proposer):
     def _law(self, sequence: Sequence) -> Law:
         """What a sequence's tokens are drafted from: the target's law under the draft's options."""
         law = sequence.law
-        if law.greedy or (not self._own and self._processors):
+        own = {} if law.greedy else dict(self._own)
+        if not own and self._processors:
             return law
         if law not in self._laws:
-            own = dict(self._own)
-            greedy = own.get("temperature") == 0
+            greedy = law.greedy or own.get("temperature") == 0
             if greedy:
                 own["temperature"] = 1.0
             self._laws[law] = law.truncated(

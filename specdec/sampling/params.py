@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
+import numpy as np
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
@@ -96,7 +96,7 @@ class SamplingParams:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _are_tokens(values: Any) -> bool:

@@ -1,5 +1,6 @@
 """Processors of unknown kinds: called path by path, with a state per path where they offer one."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol, cast, runtime_checkable
@@ -15,15 +16,17 @@ from specdec.sampling.paths import Path, Paths
 class ForkableProcessor(Protocol):
     """A logits processor with a state that follows the text: a grammar, a watermark, a model.
 
-    The one that the caller hands over stands for the end of the prompt. Every row of a tree gets a
-    processor of its own, forked from that of the row above. Neither a call nor a fork may change
-    what any other call or fork gives: most of what is forked belongs to drafts that are rejected.
+    A copy (copy.copy) of the one that the caller hands over stands at the end of each prompt. Every
+    row of a tree gets a processor of its own, forked from that of the row above. Neither a call nor
+    a fork may change what another processor gives, nor a call what its own next call gives: most of
+    what is forked belongs to drafts that are rejected.
     """
 
     def fork(self, parent: Any, token: int) -> Any:
         """The processor for the path of parent and one more token; parent stays as it is.
 
-        parent is self or something that fork returned. Called on the one that the caller gave.
+        parent is a copy of self or something that fork returned; the caller's own one is called
+        for nothing but this.
         """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -86,10 +89,11 @@ class ForkPerPath:
         known = len(path)
         while known > prompt_len and (prompt_len, tuple(path[:known])) not in self._states:
             known -= 1
-        state: Any = self.processor
-        if known > prompt_len:
-            self._states.move_to_end((prompt_len, tuple(path[:known])))
-            state = self._states[prompt_len, tuple(path[:known])]
+        key = (prompt_len, tuple(path[:known]))
+        if key not in self._states:
+            self._states[key] = copy.copy(self.processor)
+        self._states.move_to_end(key)
+        state = self._states[key]
         for end in range(known, len(path)):
             state = self.processor.fork(state, path[end])
             self._states[prompt_len, tuple(path[: end + 1])] = state
@@ -97,22 +101,25 @@ class ForkPerPath:
 
     def prove(self, path: Path, scores: Tensor) -> None:
         """Raises InvalidArgumentError if a call or a fork changes what other rows get."""
-        first = call(self.processor, scores, path)
+        root = copy.copy(self.processor)
+        first = call(root, scores, path)
         token = int(first.argmax())
-        child = self.processor.fork(self.processor, token)
+        child = self.processor.fork(root, token)
         below = call(child, scores, [*path, token])
         grandchild = self.processor.fork(child, int(below.argmax()))
         call(grandchild, scores, [*path, token, int(below.argmax())])
-        other = self.processor.fork(self.processor, token)
+        call(copy.copy(self.processor), scores, [*path, token])  # another prompt
         for what, state, line, wanted in (
-            ("a call of a fork", self.processor, path, first),
+            ("a call of a fork", root, path, first),
             ("a fork", child, [*path, token], below),
-            ("a second fork", other, [*path, token], below),
+            ("a second fork", self.processor.fork(root, token), [*path, token], below),
+            ("a call", copy.copy(self.processor), path, first),
         ):
             if not torch.equal(call(state, scores, line), wanted):
                 raise InvalidArgumentError(
                     f"{type(self.processor).__name__}: {what} changes what other forks give; "
-                    "fork(parent, token) must return a processor that shares no state with parent"
+                    "fork(parent, token) must return a processor that shares no changing state "
+                    "with parent"
                 )
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 _SORTED = 1024  # candidates that are sorted at once in the search for a nucleus
 _SAMPLE = 512
@@ -51,8 +50,8 @@ class Truncation:
             p = torch.softmax(logits, -1, dtype=torch.float32)
         else:
             # One buffer for all that follows: a fresh one costs more than a pass over it.
-            p = torch.div(logits, self.temperature) if logits.dtype == torch.float32 else None
-            p = logits.float().div_(self.temperature) if p is None else p
+            is_float = logits.dtype == torch.float32
+            p = logits / self.temperature if is_float else logits.float().div_(self.temperature)
             if self.top_k:
                 drop_below_(p, k_largest(p, self.top_k)[:, -1:], float("-inf"))
             p = _softmax_(p)
@@ -94,7 +93,7 @@ def drop_below_(values: Tensor, least: Tensor, fill: float) -> None:
         return
     # A mask of the whole takes ten times as long as this loop over rows.
     for row, value in zip(values.unbind(0), least.flatten().numpy(), strict=True):
-        F.threshold_(row, float(np.nextafter(value, np.float32("-inf"))), fill)
+        torch.threshold_(row, float(np.nextafter(value, np.float32("-inf"))), fill)
 
 
 def k_largest(values: Tensor, k: int) -> Tensor:
@@ -181,12 +180,13 @@ def _bracket(left: NDArray[np.float32], below: float, tail: float) -> tuple[np.f
     sample = np.sort(left[:: left.size // _SAMPLE])
     masses = below + sample.cumsum(dtype=np.float64) * (left.size / sample.size)
     at = int(np.searchsorted(masses, tail))
-    low = sample[max(at - _MARGIN, 0) : sample.size][0] if at < sample.size else sample[-_MARGIN]
+    low = sample[max(min(at, sample.size) - _MARGIN, 0)]
     high = sample[min(at + _MARGIN, sample.size - 1)]
     return low, np.nextafter(low, np.float32("inf")) if low == high else high
 
 
 def _softmax_(values: Tensor) -> Tensor:
-    """Softmax over the last dimension, in place where the kernel goes row by row."""
-    out = values if values.device.type == "cpu" else None
-    return torch.softmax(values, -1) if out is None else torch.softmax(values, -1, out=out)
+    """Softmax over the last dimension; in place on the CPU, whose kernel goes row by row."""
+    if values.device.type != "cpu":
+        return torch.softmax(values, -1)
+    return torch.softmax(values, -1, out=values)
