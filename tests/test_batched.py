@@ -387,11 +387,14 @@ def test_planted_fault_is_seen(rule: str, fault: str, monkeypatch: pytest.Monkey
         assert disagreements(rule, batches) > 0
 
 
-@pytest.mark.parametrize("rule", ["walk", "token", "block", "recursive", "kseq", "traversal"])
-def test_large_vocabulary_is_sampled_on_two_levels(
+@pytest.mark.parametrize(
+    "rule", ["walk", "gumbel", "token", "block", "recursive", "kseq", "traversal"]
+)
+def test_large_vocabulary_is_searched_on_two_levels(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draw, "_LARGE", 1)
+    monkeypatch.setattr(draw, "LARGE", 1)
+    monkeypatch.setattr(batched, "LARGE", 1)
     monkeypatch.setattr(draw, "_BLOCK", 3)
     rng, found = random.Random(rule), 0
     draft = "chain iid" if rule in ("token", "block", "kseq") else "without replacement"
@@ -414,6 +417,17 @@ def test_sample_never_draws_weight_zero(V: int) -> None:
         assert found[0] == weights[0].nonzero()[0]
         beyond = weights[3, found[3] + 1 :].sum()
         assert found[3] == weights[3].nonzero()[-1] or beyond < 2.0**-23 * weights[3].sum()
+
+
+@pytest.mark.parametrize("V", [1, 511, 40000, 40960])
+def test_largest_is_the_lowest_index_of_the_maximum(V: int) -> None:
+    g = torch.Generator().manual_seed(V)
+    for top in (3, 1000, 2**24):
+        scores = torch.randint(top, (5, V), generator=g).float()
+        scores[1] = -math.inf
+        assert draw.largest(scores).tolist() == scores.numpy().argmax(-1).tolist()
+        scores[2, V // 2] = math.nan
+        assert draw.largest(scores)[2] == V // 2
 
 
 # Bad input.

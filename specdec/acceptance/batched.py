@@ -14,7 +14,7 @@ Outcome.valid, and diagnose then says which.
 import torch
 from torch import Tensor
 
-from specdec.acceptance.draw import sample
+from specdec.acceptance.draw import LARGE, largest, sample
 from specdec.acceptance.kseq import kseq
 from specdec.acceptance.laws import are_laws, diagnose, is_law, require
 from specdec.acceptance.layout import Layout, Outcome, TreeBatch
@@ -38,7 +38,12 @@ def gumbel(batch: TreeBatch, p: Tensor, noise: Tensor) -> Outcome:
 
     p (R, V), noise (R, V) the Gumbel rows of each row's absolute position.
     """
-    best = p.log().add_(noise).argmax(-1)
+    if p.shape[1] < LARGE:
+        return _walk(batch, p.log().add_(noise).argmax(-1), is_law(p))
+    best = torch.empty_like(batch.layout.row_sequence)
+    for rows in batch.layout.levels:  # one level at a time stays in the cache
+        scores = p.index_select(0, rows).log_().add_(noise.index_select(0, rows))
+        best[rows] = largest(scores)
     return _walk(batch, best, is_law(p))
 
 
@@ -100,8 +105,7 @@ def block(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
     if q is None:
         mass = inner * (1 - _by_node(layout, p_drafted)[:, 1:])
     else:
-        residual = _by_row(layout, p)[:, 1:-1] * inner[..., None]  # (B, depth - 1, V)
-        mass = residual.sub_(_by_node(layout, q)[:, 1:]).clamp_min_(0).sum(-1)
+        mass = _masses(layout, p, q, inner)
     h = torch.cat((mass / (mass + (1 - inner)), weights[:, -1:]), 1)
     if not layout.is_even:
         h = torch.where(layout.is_last, weights[:, 1:], h)
@@ -126,6 +130,19 @@ def _weights(ratios: Tensor) -> Tensor:
     for ratio in ratios.unbind(1):
         weights.append((weights[-1] * ratio).clamp_max_(1))
     return torch.stack(weights, 1)
+
+
+def _masses(layout: Layout, p: Tensor, q: Tensor, weights: Tensor) -> Tensor:
+    """(B, depth - 1) sum [w p - q]+ at each row between the root and the end of its chain."""
+    if p.shape[1] < LARGE:
+        residual = _by_row(layout, p)[:, 1:-1] * weights[..., None]  # (B, depth - 1, V)
+        return residual.sub_(_by_node(layout, q)[:, 1:]).clamp_min_(0).sum(-1)
+    masses = torch.empty_like(weights)
+    for i in range(1, layout.depth):  # one level at a time stays in the cache
+        level = p.index_select(0, layout.chain_rows[:, i]).mul_(weights[:, i - 1 : i])
+        level.sub_(q.index_select(0, layout.chain_nodes[:, i])).clamp_min_(0)
+        masses[:, i - 1] = level.sum(-1)
+    return masses
 
 
 def _by_row(layout: Layout, packed: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Drawing tokens from laws by one uniform each."""
+"""Drawing tokens from laws by one uniform each, and the largest of many scores."""
 
 import torch
 from torch import Tensor
 
 _BLOCK = 512
-_LARGE = 1 << 15  # from this vocabulary on two levels beat one long cumulative sum
+LARGE = 1 << 15  # from this vocabulary on two levels beat one, and passes beat calls
 
 
 def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -14,7 +14,7 @@ def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
     upper end u * total < total keeps the search inside. Sums are in float64, but for those of the
     blocks of a large vocabulary, which are in the weights' dtype.
     """
-    if weights.shape[1] >= _LARGE:
+    if weights.shape[1] >= LARGE:
         return _sample_blocks(weights, uniforms)
     sums = weights.cumsum(-1, dtype=torch.float64)
     return _first_above(sums, sums[:, -1:] * uniforms[:, None]).squeeze(1)
@@ -33,6 +33,19 @@ def _sample_blocks(weights: Tensor, uniforms: Tensor) -> Tensor:
     # The block's sum was rounded: what is left may reach the sum of its parts, never pass it.
     left = torch.minimum(left, sums[:, -1:] * (1 - 2.0**-53))
     return (block * _BLOCK + _first_above(sums, left)).squeeze(1)
+
+
+def largest(scores: Tensor) -> Tensor:
+    """(R, V) -> (R,) the lowest index of each row's maximum; a NaN counts as the maximum."""
+    V = scores.shape[1]
+    whole = V - V % _BLOCK
+    peaks: Tensor = scores[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)  # quicker than argmax
+    if whole < V:
+        peaks = torch.cat((peaks, scores[:, whole:].amax(-1, keepdim=True)), 1)
+    first = peaks.argmax(-1, keepdim=True) * _BLOCK
+    # past the end the last score repeats, and the first of equal ones counts
+    inside = (first + torch.arange(_BLOCK, device=scores.device)).clamp_max_(V - 1)
+    return (first + scores.gather(1, inside).argmax(-1, keepdim=True)).squeeze(1)
 
 
 def _block_sums(weights: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ class Layout:
     checked: (
         Tensor  # (B, 2 depth + 1) per sequence its rows and, numbered after all rows, its nodes
     )
+    levels: tuple[Tensor, ...]  # rows by depth, the roots first
     steps: Tensor  # (depth + 1,) 0, 1, 2, ...
     blank: Tensor  # (B, 1) of -1
     branches: Callable[[], Branches]  # made on first use: chains never need it
@@ -203,10 +204,21 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
                 for r, o, n in starts
             ]
         ),
+        levels=tuple(tensor(rows) for rows in _levels(shapes, depth)),
         steps=tensor(along),
         blank=tensor([[-1]] * len(shapes)),
         branches=branches,
     )
+
+
+def _levels(shapes: tuple[Shape, ...], depth: int) -> list[list[int]]:
+    levels: list[list[int]] = [[] for _ in range(depth + 1)]
+    row = 0
+    for parents, _, _ in shapes:
+        for at in (0, *tree_depths(parents)):
+            levels[at].append(row)
+            row += 1
+    return levels
 
 
 def _draws(shapes: tuple[Shape, ...]) -> tuple[Draw, ...]:
