@@ -162,16 +162,7 @@ class PhiloxNoise(Noise):
         self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device,
         copies: int = 1,
     ) -> StepNoise:  # fmt: skip
-        B, keys = len(seeds), _keys(seeds)
-        odd = _step_counters(B, rows)
-        even = np.zeros(odd.shape, np.uint32)
-        even[1] = np.array(positions, np.uint32)[:, None]
-        even, _ = _rounds(even, odd, keys.reshape(2, 1, B, 1))
-        draft, accept, residual, bonus = torch.from_numpy(uniform(even[0])).to(device).unbind(0)
-        coins = accept[..., None]
-        if copies > 1:
-            coins = torch.from_numpy(_accept_copies(keys, positions, rows, copies)).to(device)
-        return StepNoise(draft, coins, residual, bonus)
+        return _step_noise(tuple(seeds), tuple(positions), rows, copies, device)
 
     def gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device
@@ -188,6 +179,22 @@ class PhiloxNoise(Noise):
         for _ in range(2):  # -log(-log(u)), in place
             np.negative(np.log(noise, out=noise), out=noise)
         return torch.from_numpy(noise.astype(np.float32)).to(device)
+
+
+@lru_cache(maxsize=4)  # proposer and verifier ask for the same step
+def _step_noise(
+    seeds: tuple[int, ...], positions: tuple[int, ...], rows: int, copies: int, device: torch.device
+) -> StepNoise:
+    B, keys = len(seeds), _keys(seeds)
+    odd = _step_counters(B, rows)
+    even = np.zeros(odd.shape, np.uint32)
+    even[1] = np.array(positions, np.uint32)[:, None]
+    even, _ = _rounds(even, odd, keys.reshape(2, 1, B, 1))
+    draft, accept, residual, bonus = torch.from_numpy(uniform(even[0])).to(device).unbind(0)
+    coins = accept[..., None]
+    if copies > 1:
+        coins = torch.from_numpy(_accept_copies(keys, positions, rows, copies)).to(device)
+    return StepNoise(draft, coins, residual, bonus)
 
 
 def _accept_copies(

@@ -121,7 +121,8 @@ class ModelRunner:
         )
         for row, segment in zip(rows, segments, strict=True):
             row.cache.computed[self] = segment.context + segment.rows
-        return logits
+        # the CPU's bfloat16 argmax and softmax take four times as long
+        return logits.float() if logits.device.type == "cpu" else logits
 
     def _ids(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.device)

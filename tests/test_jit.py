@@ -257,12 +257,24 @@ def test_two_sequences_in_one_pass() -> None:
     assert torch.equal(found[0].flatten(1), apart)
 
 
-def test_many_rows_go_to_torchs_attention() -> None:
-    layer = Layer(4, 2, 64, 16, torch.float32, 200, scattered=False)
-    segment = Segment(100, 50, layer.table)
-    qkv, angles = draw(3, 100, 8 * 64), draw(4, 100, 32).repeat(1, 2)[:, None]
-    wanted = layer.wanted(qkv, angles[:, 0], segment)
-    assert_close(layer.attend(qkv, angles, segment), wanted)
+@pytest.mark.parametrize("threads", [1, 8])
+def test_a_long_prompt(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks on one thread, by torch's own attention where there are many."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layer = Layer(4, 2, 64, 16, torch.float32, 300, scattered=True)
+    segment = Segment(200, 50, layer.table)
+    qkv, angles = draw(3, 200, 8 * 64), draw(4, 200, 32).repeat(1, 2)
+    for window in (None, Window(20)):
+        wanted = layer.wanted(qkv, angles, segment, window)
+        assert_close(layer.attend(qkv, angles[:, None], segment, window), wanted)
+
+
+def test_threads_share_the_rows_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = make_linear(draw(0, 80, 48), draw(1, 80), norm=(draw(2, 48), 1e-6))
+    x, residual = draw(3, 1, 203, 48), draw(4, 1, 203, 80)
+    alone = linear(x, residual)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(linear(x, residual), alone)
 
 
 # Where they run.

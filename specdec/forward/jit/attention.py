@@ -24,7 +24,7 @@ from specdec.forward.jit.vector import BYTES, Kind
 
 COLUMNS = kernels.COLUMNS
 _HEAD_STEP = max(COLUMNS, 32)  # rotation takes each half of a head in vectors of 16
-MAX_ROWS = 64  # of one sequence; above, torch's own attention is as quick
+_CHUNK = 64  # rows of a chain that one call takes: a prompt's early rows skip its later keys
 _SIGNATURE = types.void(*([types.intp] * 16), types.float32)
 
 
@@ -181,13 +181,31 @@ class _Rows:
         self.mask = 0 if self._mask is None else self._mask.data_ptr()
         self.window = 0 if self._window is None else self._window.data_ptr()
 
+    @staticmethod
+    def parts(segment: Segment, window: Window | None) -> "list[_Rows]":
+        """A tree whole; a chain in chunks, each of which sees the keys of those before it."""
+        if segment.mask is not None or segment.rows <= _CHUNK:
+            return [_Rows(segment, window)]
+        return [
+            _Rows(
+                Segment(
+                    min(_CHUNK, segment.rows - begin), segment.context + begin, segment.table,
+                    positions=None if segment.positions is None
+                    else segment.positions[begin : begin + _CHUNK],
+                ),
+                window,
+            )
+            for begin in range(0, segment.rows, _CHUNK)
+        ]  # fmt: skip
+
 
 def merged_attention(
     step: Step | Recorder, call: LayerCall, heads: int, kv_heads: int, qkv: Tensor, cos: Tensor,
     signed_sin: Tensor,
 ) -> Tensor:  # fmt: skip
     """fused.qkv_attention by the compiled kernel: writes keys and values, returns (1, R, H, D)."""
-    if not isinstance(step, Step) or step.longest > MAX_ROWS:
+    if not isinstance(step, Step) or (step.longest > _CHUNK and torch.get_num_threads() > 2):
+        # the kernel runs on one thread: a long prompt is quicker on torch's
         return qkv_attention(step, call, heads, kv_heads, qkv, cos, signed_sin)
     kind = kind_of(qkv.dtype)
     assert kind is not None
@@ -201,11 +219,12 @@ def merged_attention(
     keys_at, values_at = keys.data_ptr(), values.data_ptr()
     angle, read, written = head_size * size, qkv.stride(1) * size, heads * head_size * size
     slot_bytes = kv_heads * head_size * size
-    for rows in step.derived((_Rows, call.window), lambda s: _Rows(s, call.window)):
-        run(
-            x, c, s, keys_at, values_at, slot_bytes, rows.table, rows.page, rows.context,
-            rows.count, heads, kv_heads, head_size, rows.mask, rows.window, to, call.scale,
-        )  # fmt: skip
-        x, to = x + rows.count * read, to + rows.count * written
-        c, s = c + rows.count * angle, s + rows.count * angle
+    for parts in step.derived((_Rows, call.window), lambda s: _Rows.parts(s, call.window)):
+        for rows in parts:
+            run(
+                x, c, s, keys_at, values_at, slot_bytes, rows.table, rows.page, rows.context,
+                rows.count, heads, kv_heads, head_size, rows.mask, rows.window, to, call.scale,
+            )  # fmt: skip
+            x, to = x + rows.count * read, to + rows.count * written
+            c, s = c + rows.count * angle, s + rows.count * angle
     return out

@@ -5,7 +5,10 @@ silu(gate) * up. Weights are read once, in one stream, in blocks of COLUMNS outp
 is the same bits whatever rows it shares the call with.
 """
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,9 @@ from specdec.forward.jit.vector import BYTES, Kind
 
 COLUMNS = kernels.COLUMNS
 _CHUNK = 512  # steps of a weight block that more rows than one tile read again from the cache
+
+_SHARED_ROWS = 64  # from here on, a prompt's, the work is worth waking threads for
+_POOL = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="specdec")
 
 _SIGNATURE = types.void(*([types.intp] * 3), types.float32, *([types.intp] * 7))
 
@@ -137,24 +143,45 @@ def make_linear(
     run, empty = _function(kind, gated), torch.empty
     weight_at, blocks, dtype = packed.data_ptr(), -(-outputs // COLUMNS), weight.dtype
     bias_at = 0 if kept[1] is None else kept[1].data_ptr()
+    size = weight.element_size()
     norm_at, eps = (0, 0.0) if norm is None else (norm[0].data_ptr(), norm[1])
 
     def linear(x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not x.is_contiguous():
             x = x.contiguous()
         out = empty((*x.shape[:-1], outputs), dtype=dtype)
-        residual_at = 0
-        if residual is not None:
-            residual = residual.contiguous()
-            residual_at = residual.data_ptr()
-        run(
-            x.data_ptr(), norm_at, out.data_ptr(), eps, weight_at, bias_at, residual_at,
-            x.numel() // inputs, inputs, outputs, blocks,
-        )  # fmt: skip
+        old = None if residual is None else residual.contiguous()
+        x_at, out_at, old_at = x.data_ptr(), out.data_ptr(), 0 if old is None else old.data_ptr()
+        rows = x.numel() // inputs
+        if rows < _SHARED_ROWS:
+            run(
+                x_at, norm_at, out_at, eps, weight_at, bias_at, old_at, rows, inputs, outputs,
+                blocks,
+            )  # fmt: skip
+            return out
+
+        def part(begin: int, end: int) -> None:
+            read, written = begin * inputs * size, begin * outputs * size
+            run(
+                x_at + read, norm_at, out_at + written, eps, weight_at, bias_at,
+                old_at + written if old_at else 0, end - begin, inputs, outputs, blocks,
+            )  # fmt: skip
+
+        _share(rows, part)
         return out
 
     linear.kept = kept  # type: ignore[attr-defined]  # it knows them by address only
     return linear
+
+
+def _share(rows: int, part: Callable[[int, int], None]) -> None:
+    """Calls part(begin, end) over all rows, cut for as many threads as torch has."""
+    threads = torch.get_num_threads()
+    cuts = [rows * i // threads for i in range(threads + 1)]
+    jobs = [_POOL.submit(part, a, b) for a, b in pairwise(cuts[1:])]
+    part(0, cuts[1])
+    for job in jobs:
+        job.result()
 
 
 def _pack(weight: Tensor, gated: bool) -> Tensor:
