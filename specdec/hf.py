@@ -154,8 +154,12 @@ class SpecModel:
             streamer.put(input_ids.cpu())
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
         paddings = [input_ids.shape[1] - len(prompt) for prompt in prompts]
-        law = Law(_for_any_row(logits_processor, paddings), greedy=not config.do_sample)
         stops = _Stops(stopping_criteria)
+        law = Law(
+            _for_any_row(logits_processor, paddings),
+            greedy=not config.do_sample,
+            eos_token_ids=stops.eos_token_ids,
+        )
         samples = config.num_return_sequences or 1
         keeps_logits = bool(
             config.return_dict_in_generate and (config.output_scores or config.output_logits)

@@ -435,6 +435,23 @@ def test_grammar_holds_in_sampled_text_and_its_forks_are_shown(sure: SpecModel) 
     assert out.stats.acceptance_rate > 0.999  # the draft has the same states
 
 
+def test_processor_is_not_asked_about_drafts_behind_the_end(
+    sure: SpecModel, target: Model, prompt: Inputs, greedy: list[int]
+) -> None:
+    class EndsOnce(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            assert eos not in input_ids[0, prompt["input_ids"].shape[1] :].tolist()
+            return scores + 0
+
+    eos = greedy[3]
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": eos}
+    own = LogitsProcessorList([EndsOnce()])
+    out = sure.generate(**prompt, **options, logits_processor=own)
+    assert torch.equal(out, target.generate(**prompt, **options))
+    assert sure.last_stats is not None
+    assert sure.last_stats.steps == 1
+
+
 def test_processor_with_a_state_and_no_fork_is_refused_by_name(
     spec: SpecModel, prompt: Inputs
 ) -> None:

@@ -490,7 +490,7 @@ def test_sampling_params_apply_in_transformers_order() -> None:
     params = SamplingParams(
         temperature=0.7, top_k=20, top_p=0.95, min_p=0.01, typical_p=0.9, epsilon_cutoff=1e-3,
         eta_cutoff=2e-3, repetition_penalty=1.3, logit_bias={4: 2.0, 5: -INF},
-        bad_words_ids=[[7], [5, 6]], no_repeat_ngram_size=3, eos_token_ids=(1,),
+        bad_words_ids=[[7], [5, 6]], no_repeat_ngram_size=3, eos_token_ids=(36,),
         processors=LogitsProcessorList([NoNeighbours()]),
     )  # fmt: skip
     theirs = [

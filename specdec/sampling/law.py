@@ -30,13 +30,16 @@ class Law:
 
     Target and draft share it; each row is processed along its own path, so a penalty sees the
     drafted tokens before it. Equal to calling each processor on every path alone, as transformers'
-    generate would. Raises InvalidArgumentError for a processor that keeps a state of its own and
-    has no fork(parent, token).
+    generate would. Unknown processors are not asked about drafts behind one of eos_token_ids.
+    Raises InvalidArgumentError for a processor that keeps a state of its own and has no
+    fork(parent, token).
     """
 
-    def __init__(self, processors: Sequence[Any], *, greedy: bool) -> None:
+    def __init__(
+        self, processors: Sequence[Any], *, greedy: bool, eos_token_ids: Sequence[int] = ()
+    ) -> None:
         self.processors, self.greedy = tuple(processors), greedy
-        self._steps, self.truncation = _compiled(processors)
+        self._steps, self.truncation = _compiled(processors, frozenset(eos_token_ids))
         self._proved = False
 
     @property
@@ -124,14 +127,16 @@ class _RowWise:
 _Step = Truncation | _RowWise | PathByPath | ForkPerPath | PathProcessor
 
 
-def _compiled(processors: Sequence[Any]) -> tuple[tuple[_Step, ...], Truncation]:
+def _compiled(
+    processors: Sequence[Any], ends: frozenset[int]
+) -> tuple[tuple[_Step, ...], Truncation]:
     """The steps before the last truncation, and that; runs of warpers become one truncation."""
     steps: list[_Step] = []
     rank = -1  # of the last warper of the run, -1 outside of one
     for processor in processors:
         before, rank = rank, _rank(processor)
         if rank < 0:
-            steps.append(_step(processor))
+            steps.append(_step(processor, ends))
             continue
         _, name = _WARPERS[rank]
         run = steps.pop() if 0 <= before < rank else Truncation()
@@ -152,7 +157,7 @@ def _rank(processor: Any) -> int:
     return kinds.index(type(processor)) if usual and type(processor) in kinds else -1
 
 
-def _step(processor: Any) -> _Step:
+def _step(processor: Any, ends: frozenset[int]) -> _Step:
     can_fork = isinstance(processor, ForkableProcessor)
     if isinstance(processor, _REFUSED) and not can_fork:
         raise InvalidArgumentError(
@@ -165,7 +170,7 @@ def _step(processor: Any) -> _Step:
     known = vectorised(processor)
     if known is not None:
         return known
-    return ForkPerPath(processor) if can_fork else PathByPath(processor)
+    return ForkPerPath(processor, ends) if can_fork else PathByPath(processor, ends)
 
 
 def _check_tokens(processor: Any, vocab_size: int) -> None:

@@ -55,7 +55,8 @@ class SamplingParams:
 
     def law(self) -> Law:
         """The law these parameters describe."""
-        return Law([*self._by_path(), *self._warpers()], greedy=self.temperature == 0)
+        processors = [*self._by_path(), *self._warpers()]
+        return Law(processors, greedy=self.temperature == 0, eos_token_ids=self.eos_token_ids)
 
     def _by_path(self) -> list[Any]:
         found: list[Any] = []

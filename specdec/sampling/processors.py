@@ -7,11 +7,10 @@ at every row costs nothing.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.generation import logits_process as hf
 
 from specdec.sampling.paths import ABSENT, Paths
@@ -52,11 +51,12 @@ class OccurrencePenalties:
     frequency: float
 
     def __call__(self, scores: Tensor, paths: Paths) -> Tensor:
-        ids = _inside(paths.from_position(paths.prompt_lens), scores.shape[1])
-        counts = scores.new_zeros(scores.shape[0], scores.shape[1] + 1)
-        counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=scores.dtype))
-        counts = counts[:, :-1]
-        return scores - self.frequency * counts - self.presence * (counts > 0)
+        generated = paths.from_position(paths.prompt_lens)
+        ids, valid = _redirected(generated, scores.shape[1])
+        counts = torch.zeros_like(scores).scatter_add_(1, ids, valid.to(scores.dtype))
+        times = counts.gather(1, ids)
+        lowered = scores.gather(1, ids) - self.frequency * times - self.presence * (times > 0)
+        return scores.scatter(1, ids, lowered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,14 @@ class MinNewTokens:
 def _inside(ids: Tensor, vocab_size: int) -> Tensor:
     """ids with everything outside the vocabulary at vocab_size, a column that is dropped."""
     return ids.masked_fill((ids < 0) | (ids >= vocab_size), vocab_size)
+
+
+def _redirected(ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """ids with everything outside the vocabulary replaced by another id of the row, or by 0 where
+    there is none; and which of them were inside. What is written twice is written alike."""
+    valid = (ids >= 0) & (ids < vocab_size)
+    some = ids.masked_fill(~valid, ABSENT).amax(1, keepdim=True).clamp_min(0)
+    return torch.where(valid, ids, some), valid
 
 
 def _where(active: Sequence[bool], yes: Callable[[], Tensor], no: Tensor) -> Tensor:
@@ -115,11 +123,10 @@ def _repetition_penalty(processor: hf.RepetitionPenaltyLogitsProcessor) -> PathP
         ids = paths.ids
         if ignored is not None:
             ids = paths.from_position([ignored - padding for padding in paths.paddings])
-        ids = _inside(ids, scores.shape[1])
-        padded = F.pad(scores, (0, 1))
-        seen = padded.gather(1, ids)
-        seen = torch.where(seen < 0, seen * penalty, seen / penalty)
-        return padded.scatter_(1, ids, seen)[:, :-1]
+        ids, valid = _redirected(ids, scores.shape[1])
+        seen = scores.gather(1, ids)
+        penalised = torch.where(seen < 0, seen * penalty, seen / penalty)
+        return scores.scatter(1, ids, torch.where(valid.any(1, keepdim=True), penalised, seen))
 
     return apply
 
@@ -142,9 +149,39 @@ def _no_repeat_ngram(processor: hf.NoRepeatNGramLogitsProcessor) -> PathProcesso
     return apply
 
 
-def _on_aligned_ids(processor: hf.SequenceBiasLogitsProcessor) -> PathProcessor:
-    """Looks at the ends of paths only, where ABSENT equals no token."""
-    return lambda scores, paths: cast(Tensor, processor(paths.ids, scores))
+def _sequence_bias(processor: hf.SequenceBiasLogitsProcessor) -> PathProcessor:
+    biases: dict[tuple[int, ...], float] = processor.sequence_bias
+    touched = sorted({sequence[-1] for sequence in biases})
+    columns = torch.tensor(touched)
+    by_prefix: dict[int, list[tuple[tuple[int, ...], float]]] = {0: []}
+    for sequence, bias in biases.items():
+        by_prefix.setdefault(len(sequence) - 1, []).append((sequence, bias))
+    groups = [
+        (
+            torch.tensor([sequence[:-1] for sequence, _ in group], dtype=torch.long),
+            torch.tensor([touched.index(sequence[-1]) for sequence, _ in group], dtype=torch.long),
+            torch.tensor([bias for _, bias in group]),
+        )
+        for group in by_prefix.values()
+        if group
+    ]
+
+    def apply(scores: Tensor, paths: Paths) -> Tensor:
+        device = scores.device
+        total = scores.new_zeros(scores.shape[0], len(touched))
+        for prefixes, ends, bias in groups:
+            length = prefixes.shape[-1]
+            if length > paths.ids.shape[1]:
+                continue
+            last = paths.ids[:, None, paths.ids.shape[1] - length :]
+            # ABSENT equals no token, so a short path matches no long prefix
+            matching = (last == prefixes.to(device)).all(-1)
+            added = torch.where(matching, bias.to(device), 0.0)
+            total.index_add_(1, ends.to(device), added.to(scores.dtype))
+        where = columns.to(device)
+        return scores.index_copy(1, where, scores[:, where] + total)
+
+    return apply
 
 
 def _min_length(processor: hf.MinLengthLogitsProcessor) -> PathProcessor:
@@ -199,8 +236,8 @@ def _exponential_decay(processor: hf.ExponentialDecayLengthPenalty) -> PathProce
 _KNOWN: dict[type, Callable[[Any], PathProcessor | None]] = {
     hf.RepetitionPenaltyLogitsProcessor: _repetition_penalty,
     hf.NoRepeatNGramLogitsProcessor: _no_repeat_ngram,
-    hf.SequenceBiasLogitsProcessor: _on_aligned_ids,
-    hf.NoBadWordsLogitsProcessor: _on_aligned_ids,
+    hf.SequenceBiasLogitsProcessor: _sequence_bias,
+    hf.NoBadWordsLogitsProcessor: _sequence_bias,
     hf.MinLengthLogitsProcessor: _min_length,
     hf.MinNewTokensLengthLogitsProcessor: _min_new_tokens,
     hf.SuppressTokensAtBeginLogitsProcessor: _suppress_at_begin,

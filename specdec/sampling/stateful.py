@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -33,15 +33,34 @@ class ForkableProcessor(Protocol):
         """(1, n) unpadded ids and (1, V) scores of the next token -> (1, V) processed scores."""
 
 
-class PathByPath:
-    """Calls a function of (ids, scores) on every path alone."""
+def _each_row(
+    scores: Tensor, paths: Paths, ends: frozenset[int],
+    process: Callable[[Tensor, list[int], int], Tensor],
+) -> Tensor:  # fmt: skip
+    """process(scores of the row, path, prompt length) of every row, on the host.
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
+    A draft may go on behind an end token, where no text is and a grammar allows nothing: such rows
+    are never emitted and stay as they are.
+    """
+    rows = zip(scores.split(1), paths.rows(), paths.prompt_lens, strict=True)
+    return torch.cat(
+        [
+            row if ends.intersection(path[prompt_len:]) else process(row, path, prompt_len)
+            for row, path, prompt_len in rows
+        ]
+    )
+
+
+class PathByPath:
+    """Calls a function of (ids, scores) on every path alone. ends: tokens that end a text."""
+
+    def __init__(self, processor: Any, ends: frozenset[int]) -> None:
+        self.processor, self.ends = processor, ends
 
     def __call__(self, scores: Tensor, paths: Paths) -> Tensor:
-        rows = zip(scores.split(1), paths.rows(), strict=True)
-        return torch.cat([call(self.processor, row, path) for row, path in rows])
+        return _each_row(
+            scores, paths, self.ends, lambda row, path, _: call(self.processor, row, path)
+        )
 
     def prove(self, path: Path, scores: Tensor) -> None:
         """Raises InvalidArgumentError if calls depend on earlier calls, as far as a few can show.
@@ -69,21 +88,20 @@ class ForkPerPath:
     that was forgotten is forked again from the prompt's.
     """
 
-    def __init__(self, processor: ForkableProcessor) -> None:
-        self.processor = processor
+    def __init__(self, processor: ForkableProcessor, ends: frozenset[int]) -> None:
+        self.processor, self.ends = processor, ends
         self._states: OrderedDict[tuple[int, tuple[int, ...]], Any] = OrderedDict()
         self._most_rows = 32
 
     def __call__(self, scores: Tensor, paths: Paths) -> Tensor:
-        rows = paths.rows()
-        processed = [
-            call(self._state(prompt_len, path), row, path)
-            for row, path, prompt_len in zip(scores.split(1), rows, paths.prompt_lens, strict=True)
-        ]
-        self._most_rows = max(self._most_rows, len(rows))
+        def process(row: Tensor, path: list[int], prompt_len: int) -> Tensor:
+            return call(self._state(prompt_len, path), row, path)
+
+        processed = _each_row(scores, paths, self.ends, process)
+        self._most_rows = max(self._most_rows, len(paths.lengths))
         while len(self._states) > 4 * self._most_rows:  # a draft's rows and the target's, twice
             self._states.popitem(last=False)
-        return torch.cat(processed)
+        return processed
 
     def _state(self, prompt_len: int, path: list[int]) -> Any:
         known = len(path)

@@ -157,32 +157,31 @@ def _select(row: NDArray[np.float32], tail: float) -> float:
         under = left < low
         under_mass = below + float(np.multiply(left, under).sum(dtype=np.float64))
         if np.float32(under_mass) > tail:
-            left = left[under]
-            continue
-        inner = left[(left >= low) & (left < high)]
-        inner_mass = under_mass + float(inner.sum(dtype=np.float64))
-        if np.float32(inner_mass) > tail:
-            if inner.size == left.size:  # nothing but ties
+            left = np.compress(under, left)
+        elif low == high:
+            ties = int(np.count_nonzero(left == low))
+            below, left = under_mass + ties * float(low), np.compress(left > low, left)
+            if np.float32(below) > tail or left.size == 0:
                 return float(low)
-            below, left = under_mass, inner
-            continue
-        over = left[left >= high]
-        if over.size == 0:
-            return float(low)
-        below, left = inner_mass, over
+        else:
+            inner = np.compress((left >= low) & (left < high), left)
+            inner_mass = under_mass + float(inner.sum(dtype=np.float64))
+            if np.float32(inner_mass) > tail:
+                below, left = under_mass, inner
+            else:
+                below, left = inner_mass, np.compress(left >= high, left)
     left = np.sort(left)
     enough = (below + left.cumsum(dtype=np.float64)).astype(np.float32) > tail
     return float(left[enough.argmax() if enough.any() else -1])
 
 
 def _bracket(left: NDArray[np.float32], below: float, tail: float) -> tuple[np.float32, np.float32]:
-    """Two values, low < high, between which a sample expects the boundary."""
+    """Two of the values, low <= high, between which a sample expects the boundary."""
     sample = np.sort(left[:: left.size // _SAMPLE])
     masses = below + sample.cumsum(dtype=np.float64) * (left.size / sample.size)
     at = int(np.searchsorted(masses, tail))
     low = sample[max(min(at, sample.size) - _MARGIN, 0)]
-    high = sample[min(at + _MARGIN, sample.size - 1)]
-    return low, np.nextafter(low, np.float32("inf")) if low == high else high
+    return low, sample[min(at + _MARGIN, sample.size - 1)]
 
 
 def _softmax_(values: Tensor) -> Tensor:
