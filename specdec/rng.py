@@ -26,6 +26,7 @@ _LOW = 0xFFFFFFFF
 _MULTIPLIERS = np.array((_M0, _M1), np.uint64)
 _STEPS = np.arange(10, dtype=np.uint32)[:, None] * np.array((_W0, _W1), np.uint32)  # (10, 2)
 _LOW_HALF = 0 if sys.byteorder == "little" else 1
+_CACHED = 1 << 16  # numbers made at once, so that what they are made from stays in the cache
 _SEED_TAG = 0x73706563  # keeps derived seeds apart from every purpose
 
 
@@ -167,18 +168,27 @@ class PhiloxNoise(Noise):
     def gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device
     ) -> Tensor:
-        R, blocks = len(seeds), -(-vocab // 4)
-        even = np.empty((2, R, blocks), np.uint32)
-        even[0] = np.arange(blocks, dtype=np.uint32)
-        even[1] = np.array(positions, np.uint32)[:, None]
-        odd = np.full((2, 1, 1), int(Purpose.COUPLED), np.uint32)  # node 0 is the same word
-        even, odd = _rounds(even, odd, _keys(seeds).reshape(2, R, 1))
-        words = np.empty((R, blocks, 4), np.uint32)
-        words[..., 0::2], words[..., 1::2] = even.transpose(1, 2, 0), odd.transpose(1, 2, 0)
-        noise = log_uniform(words.reshape(R, blocks * 4)[:, :vocab])
-        for _ in range(2):  # -log(-log(u)), in place
-            np.negative(np.log(noise, out=noise), out=noise)
-        return torch.from_numpy(noise.astype(np.float32)).to(device)
+        noise = np.empty((len(seeds), vocab), np.float32)
+        some = max(1, _CACHED // vocab)
+        for first in range(0, len(seeds), some):
+            part = slice(first, first + some)
+            noise[part] = _gumbel(seeds[part], positions[part], vocab)
+        return torch.from_numpy(noise).to(device)
+
+
+def _gumbel(seeds: Sequence[int], positions: Sequence[int], vocab: int) -> NDArray[np.float64]:
+    R, blocks = len(seeds), -(-vocab // 4)
+    even = np.empty((2, R, blocks), np.uint32)
+    even[0] = np.arange(blocks, dtype=np.uint32)
+    even[1] = np.array(positions, np.uint32)[:, None]
+    odd = np.full((2, 1, 1), int(Purpose.COUPLED), np.uint32)  # node 0 is the same word
+    even, odd = _rounds(even, odd, _keys(seeds).reshape(2, R, 1))
+    words = np.empty((R, blocks, 4), np.uint32)
+    words[..., 0::2], words[..., 1::2] = even.transpose(1, 2, 0), odd.transpose(1, 2, 0)
+    noise = log_uniform(words.reshape(R, blocks * 4)[:, :vocab])
+    for _ in range(2):  # -log(-log(u)), in place
+        np.negative(np.log(noise, out=noise), out=noise)
+    return noise
 
 
 @lru_cache(maxsize=4)  # proposer and verifier ask for the same step

@@ -11,19 +11,21 @@ for these trees raises InvalidLawError before any arithmetic; a law that is none
 Outcome.valid, and diagnose then says which.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from specdec.acceptance.draw import LARGE, largest, sample
+from specdec.acceptance.draw import LARGE, largest, plus_log, sample
 from specdec.acceptance.kseq import kseq
-from specdec.acceptance.laws import are_laws, diagnose, is_law, require
+from specdec.acceptance.laws import are_laws, diagnose, is_law, require, valid
 from specdec.acceptance.layout import Layout, Outcome, TreeBatch
-from specdec.acceptance.trees import follow, recursive, traversal, typical, walk
+from specdec.acceptance.trees import follow, recursive, traversal, typical
 from specdec.rng import StepNoise
 
 __all__ = [
-    "Outcome", "TreeBatch", "block", "diagnose", "greedy", "gumbel", "kseq", "recursive", "sample",
-    "token", "traversal", "typical", "walk",
+    "BY_COINS", "Outcome", "TreeBatch", "block", "diagnose", "greedy", "gumbel", "kseq",
+    "recursive", "sample", "token", "traversal", "typical", "walk",
 ]  # fmt: skip
 
 
@@ -38,21 +40,59 @@ def gumbel(batch: TreeBatch, p: Tensor, noise: Tensor) -> Outcome:
 
     p (R, V), noise (R, V) the Gumbel rows of each row's absolute position.
     """
-    if p.shape[1] < LARGE:
-        return _walk(batch, p.log().add_(noise).argmax(-1), is_law(p))
-    best = torch.empty_like(batch.layout.row_sequence)
-    for rows in batch.layout.levels:  # one level at a time stays in the cache
-        scores = p.index_select(0, rows).log_().add_(noise.index_select(0, rows))
-        best[rows] = largest(scores)
+    is_small = p.shape[1] < LARGE
+    best = p.log().add_(noise).argmax(-1) if is_small else _visited(batch, p, noise)
     return _walk(batch, best, is_law(p))
 
 
-def _walk(batch: TreeBatch, best: Tensor, row_valid: Tensor) -> Outcome:
-    """Emits best at each visited row; goes on to the child that carries it, if there is one."""
+def _visited(batch: TreeBatch, p: Tensor, noise: Tensor) -> Tensor:
+    """(R,) argmax(log p + noise) of the rows that are visited, zero in others of a branching tree.
+
+    One row per sequence at a time: it stays in the cache, and most of a tree is never visited.
+    """
+    layout = batch.layout
+    if layout.is_even:
+        grid = layout.chain_rows.shape
+        pairs = zip(p.unflatten(0, grid).unbind(1), noise.unflatten(0, grid).unbind(1), strict=True)
+        return torch.stack([largest(plus_log(there, law)) for law, there in pairs], 1).flatten()
+    best, rows = torch.zeros_like(layout.row_sequence), layout.roots
+    for _ in range(layout.depth + 1):
+        there = noise.index_select(0, rows)
+        best[rows] = chosen = largest(plus_log(there, p.index_select(0, rows)))
+        hit = (layout.parent_rows == rows[layout.sequence]) & (
+            batch.tokens == chosen[layout.sequence]
+        )
+        # a child has a higher number than its parent
+        below = torch.where(hit, layout.node_rows, 0)
+        rows = rows.scatter_reduce(0, layout.sequence, below, "amax")
+    return best
+
+
+def walk(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Outcome:
+    """Samples y ~ p at each visited row and goes on to the child that carries it, any tree.
+
+    Lossless for every draft that does not see these coins; as good as any rule for deterministic
+    drafts. p (R, V) the target's laws; q (L, V) is only checked.
+    """
+    layout = batch.layout
+    require("walk", layout, p, q)
+    if layout.is_even:
+        coins = noise.bonus[:, : layout.depth + 1].reshape(-1)
+    else:
+        coins = noise.bonus[layout.row_sequence, layout.local]
+    sound = is_law(p) if layout.is_chain and not layout.laws else valid(batch, p, q)
+    return _walk(batch, sample(p, coins), sound)
+
+
+def _walk(batch: TreeBatch, best: Tensor, is_valid: Tensor) -> Outcome:
+    """Emits best (R,) at each visited row; goes on to the child that carries it, if there is one.
+
+    is_valid (B,) or (R,), of every row.
+    """
     layout, tokens = batch.layout, batch.tokens
     if layout.depth == 0:  # plain decoding
         path = layout.chain_rows[:, 1:]
-        return Outcome(torch.zeros_like(best), best[:, None], path, row_valid)
+        return Outcome(torch.zeros_like(best), best[:, None], path, is_valid)
     if layout.is_chain:
         chosen = _by_row(layout, best)  # (B, depth + 1)
         agree = _by_node(layout, tokens) == chosen[:, :-1]
@@ -62,8 +102,10 @@ def _walk(batch: TreeBatch, best: Tensor, row_valid: Tensor) -> Outcome:
         passed = layout.steps <= accepted[:, None]
         emitted = torch.where(passed, chosen, -1)
         path = torch.where(passed[:, 1:], layout.chain_rows[:, 1:], -1)
-        return Outcome(accepted, emitted, path, _by_row(layout, row_valid).all(1))
-    return follow(batch, best, row_valid)
+        if is_valid.shape[0] != accepted.shape[0]:
+            is_valid = _by_row(layout, is_valid).all(1)
+        return Outcome(accepted, emitted, path, is_valid)
+    return follow(batch, best, is_valid)
 
 
 def token(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Outcome:
@@ -211,3 +253,15 @@ def _valid(batch: TreeBatch, p: Tensor, q: Tensor | None, q_drafted: Tensor | No
     sound = are_laws(torch.cat((p.sum(-1), q.sum(-1))), torch.cat((p.amin(-1), q.amin(-1))))
     sound[p.shape[0] :].logical_and_(q_drafted > 0)
     return sound[layout.checked].all(1)
+
+
+# The rules that judge laws by a step's coins; greedy and gumbel read no coins.
+BY_COINS: dict[str, Callable[[TreeBatch, Tensor, Tensor | None, StepNoise], Outcome]] = {
+    "walk": walk,
+    "token": token,
+    "block": block,
+    "recursive": recursive,
+    "kseq": kseq,
+    "traversal": traversal,
+    "typical": typical,
+}

@@ -1,5 +1,6 @@
 """Drawing tokens from laws by one uniform each, and the largest of many scores."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,16 @@ def largest(scores: Tensor) -> Tensor:
     # past the end the last score repeats, and the first of equal ones counts
     inside = (first + torch.arange(_BLOCK, device=scores.device)).clamp_max_(V - 1)
     return (first + scores.gather(1, inside).argmax(-1, keepdim=True)).squeeze(1)
+
+
+def plus_log(noise: Tensor, law: Tensor) -> Tensor:
+    """noise + log law, (B, V) each, in a tensor of its own."""
+    if law.device.type != "cpu":
+        return torch.log(law).add_(noise)
+    found = torch.empty_like(noise)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        np.log(law.numpy(), out=found.numpy())  # more than twice as quick as torch's
+    return found.add_(noise)
 
 
 def _block_sums(weights: Tensor) -> Tensor:

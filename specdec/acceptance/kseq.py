@@ -30,7 +30,7 @@ def kseq(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Out
         drawn = torch.ones_like(rho[rows])
         if q is not None and turn.used:
             drawn = torch.where(turn.is_drawn, q[turn.own, x].double(), drawn)
-        coin = noise.accept[layout.row_sequence[turn.rows], found.local[turn.rows], turn.copy]
+        coin = noise.accept[layout.row_sequence[turn.rows], layout.local[turn.rows], turn.copy]
         take = (coin < p[rows, x].double() / (rho[rows] * drawn)) & (accepted[rows] < 0)
         accepted[rows] = torch.where(take, turn.rows, accepted[rows])
     passed = torch.ones_like(accepted, dtype=torch.bool)
@@ -78,7 +78,7 @@ def _extra(
 ) -> Tensor:  # fmt: skip
     """(B,) from [p - m pacc / beta]+ of each last row, m = min(q, p / rho); from p in leaves."""
     found, b = batch.layout.branches(), batch.layout.row_sequence[last]
-    law, row = p.index_select(0, last), found.local[last]
+    law, row = p.index_select(0, last), batch.layout.local[last]
     if not batch.layout.draws:
         return sample(law, noise.bonus[b, row])
     kept = _shared(law, _laws(batch, tokens, p, q, last), rho)

@@ -60,7 +60,6 @@ class Branches:
     ranks: tuple[Round, ...]  # by rank alone, all depths at once
     lineage: Tensor  # (R, depth + 1) rows from the root to each row, which then repeats
     row_depths: Tensor  # (R,)
-    local: Tensor  # (R,) a row's number in its own tree
     post_order: Tensor  # (B, most rows) rows, children in draw order before parents; the root pads
     has_draws: Tensor  # (R,) bool
     children: Tensor  # (R, most proposals) packed nodes of its proposals, repeated; any in leaves
@@ -96,6 +95,7 @@ class Layout:
     node_rows: Tensor  # (nodes,) packed row of each node
     sequence: Tensor  # (nodes,)
     row_sequence: Tensor  # (R,)
+    local: Tensor  # (R,) a row's number in its own tree
     chain_rows: Tensor  # (B, depth + 1) packed rows along each chain, its last one repeated
     nodes: Tensor  # (nodes,) 0, 1, 2, ...
     chain_nodes: Tensor  # (B, depth + 1) packed number of the node below that row, 0 past the end
@@ -104,7 +104,6 @@ class Layout:
     checked: (
         Tensor  # (B, 2 depth + 1) per sequence its rows and, numbered after all rows, its nodes
     )
-    levels: tuple[Tensor, ...]  # rows by depth, the roots first
     steps: Tensor  # (depth + 1,) 0, 1, 2, ...
     blank: Tensor  # (B, 1) of -1
     branches: Callable[[], Branches]  # made on first use: chains never need it
@@ -188,6 +187,7 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
         node_rows=tensor([r + i + 1 for r, _, n in starts for i in range(n)]),
         sequence=tensor([b for b, n in enumerate(lengths) for _ in range(n)]),
         row_sequence=tensor([b for b, n in enumerate(lengths) for _ in range(n + 1)]),
+        local=tensor([i for n in lengths for i in range(n + 1)]),
         chain_rows=tensor([[r + min(i, n) for i in along] for r, _, n in starts]),
         nodes=tensor(range(node_offsets[-1])),
         chain_nodes=tensor([[o + i if i < n else 0 for i in along] for _, o, n in starts]),
@@ -204,21 +204,10 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
                 for r, o, n in starts
             ]
         ),
-        levels=tuple(tensor(rows) for rows in _levels(shapes, depth)),
         steps=tensor(along),
         blank=tensor([[-1]] * len(shapes)),
         branches=branches,
     )
-
-
-def _levels(shapes: tuple[Shape, ...], depth: int) -> list[list[int]]:
-    levels: list[list[int]] = [[] for _ in range(depth + 1)]
-    row = 0
-    for parents, _, _ in shapes:
-        for at in (0, *tree_depths(parents)):
-            levels[at].append(row)
-            row += 1
-    return levels
 
 
 def _draws(shapes: tuple[Shape, ...]) -> tuple[Draw, ...]:
@@ -256,13 +245,11 @@ def _branches(
     shapes: tuple[Shape, ...], draws: tuple[Draw, ...], depth: int, tensor: MakeTensor
 ) -> Branches:
     lines: list[list[int]] = []  # per row, the rows from its root to it
-    local: list[int] = []
     for parents, _, _ in shapes:
         first = len(lines)
         lines.append([first])
         for p in parents:
             lines.append([*lines[first + p + 1], len(lines)])
-        local.extend(range(len(parents) + 1))
     proposals: list[list[Draw]] = [[] for _ in lines]
     for draw in draws:
         proposals[draw.parent].append(draw)
@@ -285,7 +272,6 @@ def _branches(
         ranks=rounds(lambda d: (d.rank,)),
         lineage=tensor([line + line[-1:] * (depth + 1 - len(line)) for line in lines]),
         row_depths=tensor([len(line) - 1 for line in lines]),
-        local=tensor(local),
         post_order=tensor([order + order[-1:] * (most - len(order)) for order in orders]),
         has_draws=tensor([bool(ds) for ds in proposals]).bool(),
         children=tensor([ns + ns[-1:] * (widest - len(ns)) for ns in nodes]),

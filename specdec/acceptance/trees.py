@@ -18,18 +18,6 @@ from specdec.rng import StepNoise
 _MOST = 1e30  # stands for infinity: times a law's entry it stays finite
 
 
-def walk(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Outcome:
-    """Samples y ~ p at each visited row and goes on to the child that carries it, any tree.
-
-    Lossless for every draft that does not see these coins; as good as any rule for deterministic
-    drafts. p (R, V) the target's laws; q (L, V) is only checked.
-    """
-    require("walk", batch.layout, p, q)
-    layout, found = batch.layout, batch.layout.branches()
-    best = sample(p, noise.bonus[layout.row_sequence, found.local])
-    return follow(batch, best, valid(batch, p, q))
-
-
 def follow(batch: TreeBatch, best: Tensor, is_valid: Tensor) -> Outcome:
     """Emits best (R,) at each visited row; goes on to the child that carries it, if there is one.
 
@@ -56,7 +44,7 @@ def recursive(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -
     accepted = torch.full_like(layout.row_sequence, -1)  # per row the child that was taken
     for turn in found.ranks:
         ratio, scale = rest.ratio(turn)
-        coin = noise.accept[layout.row_sequence[turn.rows], found.local[turn.rows], turn.copy]
+        coin = noise.accept[layout.row_sequence[turn.rows], layout.local[turn.rows], turn.copy]
         # u < p / q as in the definition; ratio is zero where p is, whatever u
         take = (coin < ratio) & (accepted[turn.parents] < 0)
         accepted[turn.parents] = torch.where(take, turn.rows, accepted[turn.parents])
@@ -83,7 +71,7 @@ def traversal(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -
         entry = (rest.weight[turn.parents] * ratio).clamp_max_(1)
         rest.weight[turn.rows[turn.fresh]] = entry[turn.fresh]
         rest.reject(turn, scale, needed=True)
-    passed = noise.accept[layout.row_sequence, found.local, 0] < rest.weight
+    passed = noise.accept[layout.row_sequence, layout.local, 0] < rest.weight
     passed[layout.roots] = True
     first = passed[found.post_order].long().argmax(1, keepdim=True)
     last = found.post_order.gather(1, first).squeeze(1)
@@ -119,7 +107,7 @@ def typical(
     score = torch.where(longest, score[order], -torch.inf)
     first = (longest & (score == score.amax(1, keepdim=True))).long().argmax(1, keepdim=True)
     last = order.gather(1, first).squeeze(1)
-    coin = noise.bonus[layout.row_sequence[last], found.local[last]]
+    coin = noise.bonus[layout.row_sequence[last], layout.local[last]]
     return outcome(batch, last, sample(p[last], coin), valid(batch, p, q))
 
 
@@ -217,7 +205,7 @@ class Remainder:
     def draw(self, last: Tensor, noise: StepNoise) -> Tensor:
         """(B,) the extra token of each sequence: what its last row's rejected proposals left."""
         found, b = self.found, self.batch.layout.row_sequence[last]
-        law, row = self.p.index_select(0, last), found.local[last]
+        law, row = self.p.index_select(0, last), self.batch.layout.local[last]
         if not self.batch.layout.draws:
             return sample(law, noise.bonus[b, row])
         left = law.clone()
