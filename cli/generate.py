@@ -152,6 +152,7 @@ class _Output:
     show_default=True,
     help="The rule that accepts or rejects.",
 )
+@click.option("--lossy", is_flag=True, help="Allow a rule that changes what the target says.")
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
@@ -175,8 +176,8 @@ def generate(
     prompt: str | None, prompt_file: str | None, target: str, draft: str | None,
     no_speculation: bool, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
     min_p: float, seed: int | None, stop: tuple[str, ...], num_draft_tokens: Any,
-    proposer: str | None, verification: str, dtype: str, device: str | None, batch: int | None,
-    chat: bool, as_json: bool,
+    proposer: str | None, verification: str, lossy: bool, dtype: str, device: str | None,
+    batch: int | None, chat: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text from PROMPT, --prompt-file or standard input.
 
@@ -194,7 +195,7 @@ def generate(
         raise InvalidArgumentError(f"--chat: the tokenizer of {target!r} has no chat template")
     engine = _build_engine(
         target, draft, tokenizer, dtype, device, proposer=proposer, verification=verification,
-        num_draft_tokens=num_draft_tokens,
+        lossy=lossy, num_draft_tokens=num_draft_tokens,
     )  # fmt: skip
     eos = end_tokens(engine, tokenizer)
     run = _Run(

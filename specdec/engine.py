@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence as Items
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from specdec.acceptance import RULES
 from specdec.cache import CacheGroup, pages_for_memory
 from specdec.errors import InvalidArgumentError
+from specdec.forward import one_thread
 from specdec.policy import make_policy
 from specdec.proposers import REGISTRY, DraftModelProposer, Proposer
 from specdec.rng import Noise, PhiloxNoise, derive_seed
@@ -26,6 +28,8 @@ from specdec.verifier import Verifier
 PAGE_SIZE = 16
 # Vocabularies of one tokenizer differ in padding rows only; more than this is another tokenizer.
 MAX_PADDING_ROWS = 1024
+# Up to here torch's operators around the compiled kernels are too small for a second thread.
+_LIGHT_ROWS, _LIGHT_LOGITS = 32, 1 << 19
 _DEFAULT_KV_BYTES = 2 << 30
 
 
@@ -69,8 +73,8 @@ class Engine:
         _refuse_unbuilt(tree=tree, draft_window=draft_window)
         if not lossy and verification in RULES and not RULES[verification].lossless:
             raise InvalidArgumentError(
-                f"verification={verification!r} changes what the target says; pass lossy=True to "
-                "accept that"
+                f"verification={verification!r} changes what the target says; pass lossy=True "
+                "(--lossy) to accept that"
             )
         self.target = _runner(target)
         self.proposer = _make_proposer(proposer, draft, self.target, proposer_options or {})
@@ -202,11 +206,20 @@ class Engine:
         if not sequences:
             return []
         try:
-            return self._advance(sequences)
+            with one_thread() if self._is_light(sequences) else nullcontext():
+                return self._advance(sequences)
         except BaseException:  # KeyboardInterrupt too
             for sequence in sequences:
                 self.group.truncate(sequence.cache, len(sequence.tokens) - 1)
             raise
+
+    def _is_light(self, sequences: list[Sequence]) -> bool:
+        """Whether nothing in the coming step is worth a second thread: few rows, and every runner
+        on compiled kernels, which have one."""
+        if any(getattr(runner, "uses_threads", True) for runner in self.group.memory):
+            return False
+        pending = sum(len(s.tokens) - s.cache.computed_len(self.target) for s in sequences)
+        return pending <= _LIGHT_ROWS and pending * self.target.vocab_size <= _LIGHT_LOGITS
 
     def _advance(self, sequences: list[Sequence]) -> list[StepRecord]:
         began = time.perf_counter()

@@ -70,6 +70,11 @@ class ModelRunner:
         return self._prepared.forward.name
 
     @property
+    def uses_threads(self) -> bool:
+        """Whether a pass of few rows has work for more threads than one."""
+        return self._prepared.forward.uses_threads
+
+    @property
     def forward_note(self) -> str:
         """Why the forward is not captured; empty where it is."""
         return self._prepared.note

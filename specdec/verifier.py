@@ -9,7 +9,7 @@ from torch import Tensor
 from specdec.acceptance import RULES, batched
 from specdec.acceptance.batched import Outcome, TreeBatch
 from specdec.cache import CacheGroup
-from specdec.errors import InvalidArgumentError, NumericalError
+from specdec.errors import InvalidArgumentError, InvalidLawError, NumericalError, SpecDecError
 from specdec.rng import Noise
 from specdec.runner import Runner, SequenceRows
 from specdec.sampling import Law, Paths, Prefix
@@ -35,11 +35,11 @@ Answer = tuple[tuple[int, ...], tuple[int, ...]]  # emitted tokens, accepted nod
 
 
 class Verifier:
-    """Scores every tree of the batch in one target pass and applies one lossless rule to each.
+    """Scores every tree of the batch in one target pass and applies one rule to each.
 
-    rule: a name in acceptance.RULES, or "auto": greedy at temperature 0, else block verification
-    for sampled chains, token-wise for deterministic ones, and plain sampling ("gumbel") where
-    nothing is ever drafted.
+    rule: a name in acceptance.RULES, or "auto": greedy at temperature 0, plain sampling ("gumbel")
+    where nothing is ever drafted, else walk for deterministic drafts, block for sampled chains and
+    traversal for sampled trees.
     """
 
     def __init__(self, runner: Runner, group: CacheGroup, rule: str, *, drafts: bool) -> None:
@@ -54,7 +54,7 @@ class Verifier:
         """Raises InvalidArgumentError for a law that the rule cannot judge."""
         if self.rule == "greedy" and not law.greedy:
             raise InvalidArgumentError(
-                "verification='greedy' needs temperature 0; use 'auto', 'block' or 'token'"
+                "verification='greedy' needs temperature 0; use 'auto' or a rule that samples"
             )
 
     def rule_for(self, law: Law, trees: Items[TokenTree]) -> str:
@@ -65,7 +65,9 @@ class Verifier:
             return self.rule
         if not self.drafts:
             return "gumbel"
-        return "block" if any(tree.laws is not None for tree in trees) else "token"
+        if all(tree.laws is None for tree in trees):
+            return "walk"
+        return "block" if all(tree.is_chain for tree in trees) else "traversal"
 
     def verify(
         self, sequences: Items[Sequence], trees: Items[TokenTree], noise: Noise
@@ -107,7 +109,7 @@ class Verifier:
         rule = self.rule_for(law, trees)
         if rule == "greedy":
             best = law.best(logits, paths)
-            return _to_host(batched.greedy(batch, best, logits), batch, sequences, None)
+            return _to_host(batched.greedy(batch, best, logits), batch, sequences)
         p = law.probabilities(logits, paths)
         seeds = [s.seed for s in sequences]
         device = logits.device
@@ -120,13 +122,14 @@ class Verifier:
             gumbel = noise.gumbel(
                 [seed for seed, _ in where], [at for _, at in where], p.shape[1], device
             )
-            return _to_host(batched.gumbel(batch, p, gumbel), batch, sequences, None)
+            return _to_host(batched.gumbel(batch, p, gumbel), batch, sequences)
         positions = [len(s.tokens) for s in sequences]
-        coins = noise.step(seeds, positions, max(len(tree) for tree in trees) + 1, device)
+        rows = max(len(tree) for tree in trees) + 1
+        coins = noise.step(seeds, positions, rows, device, batch.copies)
         laws = [tree.laws for tree in trees if tree.laws is not None]
         q = None if not laws else laws[0] if len(laws) == 1 else torch.cat(laws)
-        function = batched.block if rule == "block" else batched.token
-        return _to_host(function(batch, p, q, coins), batch, sequences, q)
+        outcome = batched.BY_COINS[rule](batch, p, q, coins)
+        return _to_host(outcome, batch, sequences, lambda: batched.diagnose(rule, batch, p, q))
 
 
 def _groups(sequences: Items[Sequence], trees: Items[TokenTree]) -> list[list[int]]:
@@ -150,9 +153,15 @@ def _paths(sequences: Items[Sequence], trees: Items[TokenTree]) -> Callable[[], 
 
 
 def _to_host(
-    outcome: Outcome, batch: TreeBatch, sequences: Items[Sequence], q: Tensor | None
+    outcome: Outcome,
+    batch: TreeBatch,
+    sequences: Items[Sequence],
+    diagnose: Callable[[], None] | None = None,
 ) -> list[Answer]:
-    """One answer per sequence: the step's one synchronisation. q: the drafter's laws."""
+    """One answer per sequence: the step's one synchronisation.
+
+    diagnose raises InvalidLawError for the law that made an outcome invalid.
+    """
     valid = outcome.valid.long()
     packed = torch.cat(
         (valid[:, None], outcome.accepted[:, None], outcome.path, outcome.tokens), dim=1
@@ -162,11 +171,23 @@ def _to_host(
     for row, first_row, sequence in zip(packed, batch.row_offsets, sequences, strict=False):
         sound, accepted = row[0], row[1]
         if not sound:
-            is_draft = q is not None and bool(q.isnan().any())
-            raise NumericalError(
-                f"the {'draft' if is_draft else 'target'}'s logits hold NaN or infinity at step "
-                f"{sequence.stats.steps} of {sequence.request_id}; check its weights and dtype"
-            )
+            raise _numerical_error(sequence, diagnose)
         path = tuple(r - first_row - 1 for r in row[2 : 2 + accepted])
         answers.append((tuple(row[2 + depth : 3 + depth + accepted]), path))
     return answers
+
+
+def _numerical_error(sequence: Sequence, diagnose: Callable[[], None] | None) -> SpecDecError:
+    """Names whose numbers were no law, at which step of which request."""
+    whose, detail = "target", ""
+    try:
+        if diagnose is not None:
+            diagnose()
+    except InvalidLawError as error:
+        detail = f" ({error})"
+        if "draft" in error.reason:
+            whose = "draft"
+    return NumericalError(
+        f"the {whose}'s logits hold NaN or infinity at step {sequence.stats.steps} of "
+        f"{sequence.request_id}{detail}; check its weights and dtype"
+    )

@@ -393,9 +393,15 @@ def test_bad_option_is_named_with_its_value_and_what_is_accepted(
             "--chat reads its turns from standard input: expected no PROMPT, ",
         ),
         (
+            ["x", "--verification", "typical", "--temperature", "1"],
+            None,
+            "verification='typical' changes what the target says; pass lossy=True (--lossy) to "
+            "accept that",
+        ),
+        (
             ["x", "--verification", "greedy", "--temperature", "1"],
             None,
-            "verification='greedy' needs temperature 0; use 'auto', 'block' or 'token'",
+            "verification='greedy' needs temperature 0; use 'auto' or a rule that samples",
         ),
         (["x", "--device", "warp"], None, "--device 'warp': Expected one of cpu, cuda, "),
         (["x", "--device", "meta"], None, "--device 'meta': "),

@@ -22,6 +22,7 @@ from transformers import (
 import specdec
 from specdec import Engine, RunStats, SamplingParams, StepRecord, zoo
 from specdec.errors import CacheFullError, InvalidArgumentError, UnsupportedModelError
+from specdec.forward import jit
 from specdec.proposers import DraftModelProposer
 from specdec.rng import derive_seed
 from specdec.runner import ModelRunner, SequenceRows
@@ -614,3 +615,28 @@ def test_builtin_pair_serves_a_mixed_batch_as_alone() -> None:
     together = run(engine)
     assert [together[name, 0] for name in names] == alone
     assert engine.stats.acceptance_rate > 0.3
+
+
+@pytest.mark.skipif(bool(jit.why_not()), reason=jit.why_not())
+def test_steps_of_few_rows_run_on_one_thread() -> None:
+    """Two threads that share a core with another process wait for each other at every operator."""
+    small = AutoModelForCausalLM.from_pretrained(zoo.path("small"))
+    engine = Engine(small, draft=small, num_draft_tokens=2, kv_memory=KV)
+    seen: list[int] = []
+    score = engine.target.score
+
+    def spy(rows: Items[SequenceRows]) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return score(rows)
+
+    engine.target.score = spy  # type: ignore[method-assign]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        engine.add_request(PROMPTS[0] * 10, SamplingParams(max_new_tokens=6, temperature=0))
+        list(engine)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen[0] == 2  # the prompt is worth them
+    assert set(seen[1:]) == {1}

@@ -3,11 +3,13 @@
 from specdec.forward.captured import CapturedForward, CaptureError
 from specdec.forward.module import ModuleForward
 from specdec.forward.packing import PackedLinears, release_packed
+from specdec.forward.threads import one_thread
 
 __all__ = [
     "CaptureError",
     "CapturedForward",
     "ModuleForward",
     "PackedLinears",
+    "one_thread",
     "release_packed",
 ]

@@ -80,7 +80,9 @@ class CapturedForward:
             tables = _position_tables(module, max_positions) if max_positions else {}
             if not jit.why_not():
                 merge_around_linears(module)
-        self._replay = _Emitter(module, tables).function()
+        emitter = _Emitter(module, tables)
+        self._replay = emitter.function()
+        self.uses_threads = emitter.uses_threads  # some linear layer is not a compiled kernel
 
     def __call__(
         self, input_ids: Tensor, positions: Tensor, keep: Tensor, step: Step | Recorder
@@ -193,6 +195,7 @@ class _Emitter:
         self.module, self.tables = module, tables
         self.names: dict[str, Any] = {}
         self.lines: list[str] = []
+        self.uses_threads = False
 
     def bind(self, value: Any) -> str:
         for name, held in self.names.items():
@@ -285,6 +288,7 @@ class _Emitter:
 
     def _linear(self, node: Node) -> str:
         weight = self._constant(node.args[1])
+        self.uses_threads |= weight is None or not jit.takes(weight)
         bias_node = node.args[2] if len(node.args) > 2 else None
         bias = self._constant(bias_node)
         x = self.text(node.args[0])

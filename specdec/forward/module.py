@@ -17,6 +17,7 @@ class ModuleForward:
     """Runs the model itself: any class, nothing assumed beyond the attention interface."""
 
     name = "module"
+    uses_threads = True
 
     def __init__(self, model: PreTrainedModel, packed: PackedLinears | None = None) -> None:
         self.model, self.packed = model, packed
