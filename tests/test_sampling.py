@@ -208,7 +208,7 @@ V = 37
 PREFIXES = [
     Prefix([3], 1),
     Prefix([5, 6, 5, 6, 7, 1], 4, padding=3),
-    Prefix([9, 9, 9, 8, 9, 9, 40, 2, 9], 9, padding=0),  # 40: outside of the scores
+    Prefix([9, 9, 9, 8, 9, 9, 2, 9, 40], 9, padding=0),  # 40: outside of the scores
 ]
 TREES = [
     ([6, 7, 5, 6], [-1, 0, 0, -1]),
@@ -256,7 +256,7 @@ KNOWN: dict[str, Callable[[], LogitsProcessor]] = {
         [[[4], 2.5], [[5, 6], -1.5], [[6, 7, 1], 3.0], [[3, 6], -INF], [[9, 9, 9, 9, 9], 1.0]]
     ),
     "bad words": lambda: hf.NoBadWordsLogitsProcessor([[8], [5, 6], [9, 9, 2]], eos_token_id=8),
-    "min length": lambda: hf.MinLengthLogitsProcessor(8, [1, 30, 99]),
+    "min length": lambda: hf.MinLengthLogitsProcessor(3, [1, 30, 99]),
     "min new tokens": lambda: hf.MinNewTokensLengthLogitsProcessor(7, 4, [1, 36]),
     "suppress": lambda: hf.SuppressTokensLogitsProcessor([0, 5, 36]),
     "suppress at begin": lambda: hf.SuppressTokensAtBeginLogitsProcessor([2, 5], 9),

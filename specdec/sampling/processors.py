@@ -140,8 +140,8 @@ def _no_repeat_ngram(processor: hf.NoRepeatNGramLogitsProcessor) -> PathProcesso
             return scores
         windows = ids.unfold(1, size, 1)  # (n, L - size + 1, size)
         last = ids[:, ids.shape[1] - size + 1 :]
-        # a window that begins before its path never counts
-        match = (windows[..., :-1] == last[:, None]).all(-1) & (windows[..., 0] != ABSENT)
+        # of a path shorter than this, ABSENT and it stand nowhere else in the row
+        match = (windows[..., :-1] == last[:, None]).all(-1)
         banned = scores.new_zeros(scores.shape[0], V + 1, dtype=torch.bool)
         banned.scatter_(1, _inside(windows[..., -1].masked_fill(~match, ABSENT), V), True)
         return scores.masked_fill(banned[:, :V], float("-inf"))
