@@ -347,13 +347,16 @@ def small_batches(dtype: torch.dtype) -> list[Batch]:
 
 
 def disagreements(rule: str, batches: list[Batch]) -> int:
+    """Answers that are not the definition's, near ties apart."""
     found = 0
     for batch in batches:
         if rule in ("token", "block") and not batch.trees.layout.is_chain:
             continue
-        outcome = batch.fast(rule)
+        outcome, ulp = batch.fast(rule), torch.finfo(batch.p.dtype).eps
         for b, case in enumerate(batch.cases):
-            found += emitted(batch, outcome, b) != batch.defined(rule, b, definition(case))
+            ours = emitted(batch, outcome, b)
+            if ours != batch.defined(rule, b, definition(case)):
+                found += not batch.is_near_tie(rule, b, ours, ulp)
     return found
 
 
@@ -393,15 +396,14 @@ def test_planted_fault_is_seen(rule: str, fault: str, monkeypatch: pytest.Monkey
 def test_large_vocabulary_is_searched_on_two_levels(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draw, "LARGE", 1)
-    monkeypatch.setattr(batched, "LARGE", 1)
+    for module in (draw, batched, trees):
+        monkeypatch.setattr(module, "LARGE", 1)
     monkeypatch.setattr(draw, "_BLOCK", 3)
-    rng, found = random.Random(rule), 0
-    draft = "chain iid" if rule in ("token", "block", "kseq") else "without replacement"
-    for _ in range(15):
-        batch = Batch.of(rng, random_batch(rng, draft, torch.float64), torch.float64)
-        found += disagreements(rule, [batch])
-    assert found == 0
+    rng = random.Random(rule)
+    for draft in [name for name, (_, rules, _, _) in GROUPS.items() if rule in rules]:
+        for _ in range(8):
+            batch = Batch.of(rng, random_batch(rng, draft, torch.float64), torch.float64)
+            assert disagreements(rule, [batch]) == 0
 
 
 @pytest.mark.parametrize("V", [1, 2, 63, 4096, 40000])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.acceptance.draw import sample
+from specdec.acceptance.draw import LARGE, sample
 from specdec.acceptance.laws import require, valid
 from specdec.acceptance.layout import Branches, Outcome, Round, TreeBatch
 from specdec.rng import StepNoise
@@ -42,7 +42,8 @@ def recursive(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -
     layout, found = batch.layout, batch.layout.branches()
     rest = Remainder.start(batch, p, q)
     accepted = torch.full_like(layout.row_sequence, -1)  # per row the child that was taken
-    for turn in found.ranks:
+    # all depths at once are fewer calls, one at a time stays in the cache
+    for turn in found.ranks if p.shape[1] < LARGE else found.rounds:
         ratio, scale = rest.ratio(turn)
         coin = noise.accept[layout.row_sequence[turn.rows], layout.local[turn.rows], turn.copy]
         # u < p / q as in the definition; ratio is zero where p is, whatever u
