@@ -157,13 +157,35 @@ class Noise(ABC):
 
 
 class PhiloxNoise(Noise):
-    """Production noise; stateless, so order and batching change nothing."""
+    """Production noise: pure functions of their arguments, so order and batching change nothing."""
+
+    def __init__(self) -> None:
+        # proposer and verifier ask for the same step
+        self._steps = lru_cache(maxsize=4)(self._make_step)
+        self._ahead = lru_cache(maxsize=256)(_uniforms_ahead)
 
     def step(
         self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device,
         copies: int = 1,
     ) -> StepNoise:  # fmt: skip
-        return _step_noise(tuple(seeds), tuple(positions), rows, copies, device)
+        return self._steps(tuple(seeds), tuple(positions), rows, copies, device)
+
+    def _make_step(
+        self, seeds: tuple[int, ...], positions: tuple[int, ...], rows: int, copies: int,
+        device: torch.device,
+    ) -> StepNoise:  # fmt: skip
+        if rows <= _AHEAD_ROWS:
+            where = zip(seeds, positions, strict=True)
+            ahead = [self._ahead(s, p // _AHEAD, rows)[:, p % _AHEAD] for s, p in where]
+            uniforms = np.stack(ahead, axis=1)
+        else:
+            uniforms = _step_uniforms(seeds, positions, rows)
+        draft, accept, residual, bonus = torch.from_numpy(uniforms).to(device).unbind(0)
+        coins = accept[..., None]
+        if copies > 1:
+            words = _accept_copies(_keys(seeds), positions, rows, copies)
+            coins = torch.from_numpy(words).to(device)
+        return StepNoise(draft, coins, residual, bonus)
 
     def gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device
@@ -191,32 +213,11 @@ def _gumbel(seeds: Sequence[int], positions: Sequence[int], vocab: int) -> NDArr
     return noise
 
 
-@lru_cache(maxsize=4)  # proposer and verifier ask for the same step
-def _step_noise(
-    seeds: tuple[int, ...], positions: tuple[int, ...], rows: int, copies: int, device: torch.device
-) -> StepNoise:
-    if rows <= _AHEAD_ROWS:
-        ahead = [
-            _ahead(s, p // _AHEAD, rows)[:, p % _AHEAD]
-            for s, p in zip(seeds, positions, strict=True)
-        ]
-        uniforms = np.stack(ahead, axis=1)
-    else:
-        uniforms = _step_uniforms(seeds, positions, rows)
-    draft, accept, residual, bonus = torch.from_numpy(uniforms).to(device).unbind(0)
-    coins = accept[..., None]
-    if copies > 1:
-        coins = torch.from_numpy(_accept_copies(_keys(seeds), positions, rows, copies))
-        coins = coins.to(device)
-    return StepNoise(draft, coins, residual, bonus)
-
-
 # Sixteen positions cost numpy what one does: thirty calls on a few numbers each.
 _AHEAD, _AHEAD_ROWS = 16, 32
 
 
-@lru_cache(maxsize=1024)
-def _ahead(seed: int, block: int, rows: int) -> NDArray[np.float32]:
+def _uniforms_ahead(seed: int, block: int, rows: int) -> NDArray[np.float32]:
     """(purposes, positions, rows): the uniforms of one block of positions of one request."""
     first = block * _AHEAD
     return _step_uniforms((seed,) * _AHEAD, range(first, first + _AHEAD), rows)
