@@ -26,6 +26,7 @@ from specdec.evals.enumeration import (
     Tables,
     V,
     by_node,
+    compare,
     compare_rule,
     expected_accepted,
     is_valid,
@@ -331,6 +332,8 @@ def test_kseq_accepts_between_its_bounds(width: int) -> None:
         rho = reference._kseq_rho(p, q, width)
         beta = sum(min(b, a / rho) for a, b in zip(p, q, strict=True))
         assert 1 <= rho <= width
+        law = compare(rule("kseq"), DRAFTS["iid"], (width,), tables)
+        assert law.error < 1e-12
         assert found == pytest.approx(1 - (1 - beta) ** width, abs=1e-9)
         if rho > 1:
             assert found == pytest.approx(rho * beta, abs=1e-9)
@@ -418,6 +421,18 @@ def tree(p: Law, *children: tuple[int, Node]) -> Node:
 
 
 SURE, EVEN = [0.9, 0.06, 0.04], [1 / 3, 1 / 3, 1 / 3]
+LIKELY = [0.8, 0.15, 0.05]  # entropy 0.61 nats: delta * exp(-H) = 0.16
+QUARTERS = [0.25] * 4
+
+
+def two_paths(first: Law, second: Law) -> Node:
+    """The paths 0, 0 and 1, 0, each with these probabilities."""
+
+    def below(p: float) -> Node:
+        return tree([p, 1 - p, 0.0, 0.0], (0, tree(QUARTERS)))
+
+    rest = 1 - first[0] - second[0]
+    return tree([first[0], second[0], rest, 0.0], (0, below(first[1])), (1, below(second[1])))
 
 
 @pytest.mark.parametrize(
@@ -430,12 +445,18 @@ SURE, EVEN = [0.9, 0.06, 0.04], [1 / 3, 1 / 3, 1 / 3]
         # at EVEN delta decides: 0.3 / 3 = 0.1 < 1 / 3 <= 1 / 3
         (tree(EVEN, (0, tree(SURE))), {"eps": 1.0}, [0, 2]),
         (tree(EVEN, (0, tree(SURE))), {"eps": 1.0, "delta": 1.0}, [2]),
+        (tree(QUARTERS, (0, tree(QUARTERS))), {"eps": 1.0}, [0, 3]),  # 0.3 / 4 < 1 / 4 < 0.3
+        (tree(LIKELY, (1, tree(EVEN))), {}, [1, 2]),  # 0.09 < 0.15 < 0.16
+        (tree(LIKELY, (1, tree(EVEN))), {"eps": 1.0}, [2]),
         # one-hot laws take their token alone
         (tree([0.0, 1.0, 0.0], (0, tree(EVEN)), (1, tree(SURE))), {}, [1, 2]),
         # the longest path, then the likelier one, then the first
         (tree(EVEN, (0, tree(EVEN)), (1, tree(SURE, (0, tree(EVEN))))), {}, [1, 0, 2]),
         (tree([0.4, 0.6, 0.0], (0, tree(EVEN)), (1, tree(SURE))), {}, [1, 2]),
         (tree(EVEN, (2, tree(EVEN)), (0, tree(SURE))), {}, [2, 2]),
+        # the likelier path by its product, not by its sum or its last token
+        (two_paths((0.6, 0.26), (0.4, 0.4)), {}, [1, 0, 3]),
+        (two_paths((0.6, 0.3), (0.4, 0.4)), {}, [0, 0, 3]),
         (tree(SURE), {}, [2]),
     ],
 )
@@ -539,18 +560,41 @@ def test_decisions_are_addressed_by_row_purpose_and_copy(
     assert rng.log == [(order[row], purpose, copy) for row, purpose, copy in log]
 
 
-def test_chain_rules_ask_for_the_rows_of_the_chain() -> None:
-    q = [0.25] * 4
-    for name, log in (
-        ("token", [(1, A, 0), (2, A, 0), (1, R, 0)]),
-        ("block", [(1, A, 0), (2, A, 0), (3, A, 0), (1, R, 0)]),
-    ):
-        nodes = [Node([0.1, 0.2, 0.3, 0.4]) for _ in range(4)]
-        for above, below in itertools.pairwise(nodes):
-            above.proposals = [(1, q, below)]
-        rng = Asked((1, A, 0))
-        assert reference.verify(name, nodes[0], rng) == [1, 3]
-        assert rng.log == log
+@pytest.mark.parametrize(
+    ("name", "accepted", "log", "emitted"),
+    [
+        ("token", [1], [(1, A, 0), (2, A, 0), (1, R, 0)], [1, 3]),
+        ("token", [1, 2, 3], [(1, A, 0), (2, A, 0), (3, A, 0), (3, B, 0)], [1, 1, 1, 3]),
+        ("block", [1], [(1, A, 0), (2, A, 0), (3, A, 0), (1, R, 0)], [1, 3]),
+        ("block", [3], [(1, A, 0), (2, A, 0), (3, A, 0), (3, B, 0)], [1, 1, 1, 3]),
+        ("typical", [], [(3, B, 0)], [1, 1, 1, 3]),
+    ],
+)
+def test_chains_are_addressed_by_their_rows(
+    name: str, accepted: list[int], log: list[tuple[int, str, int]], emitted: list[int]
+) -> None:
+    nodes = [Node([0.1, 0.2, 0.3, 0.4]) for _ in range(4)]
+    for above, below in itertools.pairwise(nodes):
+        above.proposals = [(1, [0.25] * 4, below)]
+    rng = Asked(*[(row, A, 0) for row in accepted])
+    assert reference.verify(name, nodes[0], rng, lossy=True) == emitted
+    assert rng.log == log
+
+
+class Drawing(Asked):
+    """Rejects everything and remembers what the extra token was drawn from."""
+
+    def categorical(self, weights: Law) -> int:
+        self.weights = weights
+        return 0
+
+
+@pytest.mark.parametrize("name", ["token", "block", "recursive", "kseq", "traversal"])
+def test_nothing_is_drawn_from_an_empty_residual(name: str) -> None:
+    """A rejection that only rounding could cause, where q == p: the token then comes from p."""
+    p, rng = [0.1, 0.2, 0.3, 0.4], Drawing()
+    assert reference.verify(name, Node(p, [(1, p, Node(p))]), rng) == [0]
+    assert rng.weights == pytest.approx(p)
 
 
 # What is refused
