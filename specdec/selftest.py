@@ -20,7 +20,7 @@ from specdec.errors import NumericalError, UnsupportedModelError
 from specdec.forward import ModuleForward
 
 # Largest root mean square of a row's error, relative to that of its logits. Not the largest error:
-# over a vocabulary of tens of thousands rounding alone puts that at four times its root mean square.
+# over tens of thousands of tokens rounding alone puts that at four times its root mean square.
 TOLERANCE = {torch.float64: 5e-7, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _PAGE = 4
 _SHORT_WINDOW = 8

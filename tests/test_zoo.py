@@ -140,7 +140,7 @@ def test_bfloat16_with_and_without_speculation_is_the_same_text(tokenizer: Any) 
         inputs = tokenizer(prompt["prompt"], return_tensors="pt")
         greedy: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
         assert torch.equal(spec.generate(**inputs, **greedy), plain.generate(**inputs, **greedy))
-        sampled = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 0, "seed": 3}
+        sampled = greedy | {"do_sample": True, "top_k": 0, "seed": 3}
         # by the rule that keeps the tokens of plain sampling
         found = coupled.generate(**inputs, **sampled)
         assert torch.equal(found, plain.generate(**inputs, **sampled))

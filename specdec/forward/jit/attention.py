@@ -32,7 +32,7 @@ def _compile_place(kind: Kind) -> Any:
     """Rotates the rows' queries and keys; keys and values go to their slots."""
     rotate, copy = kernels.make_rotate(kind), kernels.make_copy()
 
-    @njit  # type: ignore[untyped-decorator]
+    @njit
     def place(  # type: ignore[no-untyped-def]
         qkv, cos, sin, keys, values, slot_bytes, starts, page, context, rows, heads, kv_heads,
         head_bytes, queries, half,
@@ -59,7 +59,7 @@ def _compile_turn() -> Any:
     """Turns the keys of one tile of slots: one step of a product holds one number per slot."""
     transpose = kernels.make_transpose()
 
-    @njit  # type: ignore[untyped-decorator]
+    @njit
     def turn(keys, slot_bytes, starts, page, begin, length, head_bytes, turned):  # type: ignore[no-untyped-def]
         places = np.empty(16, np.int64)
         for part in range(COLUMNS // 16):
@@ -78,7 +78,7 @@ def _compile_hide() -> Any:
     """Sets a row's scores to -inf wherever it must not look."""
     load_int64, load_byte = kernels.load_int64, kernels.load_byte
 
-    @njit  # type: ignore[untyped-decorator]
+    @njit
     def hide(line, row, context, rows, mask, window):  # type: ignore[no-untyped-def]
         first = load_int64(window + 8 * row) if window != 0 else 0  # lowest position it sees
         line[: min(max(first, 0), context)] = -np.inf

@@ -36,7 +36,7 @@ def _compile_finish(kind: Kind) -> Any:
     with_residual = kernels.make_finish(kind, bias=False, residual=True)
     with_both = kernels.make_finish(kind, bias=True, residual=True)
 
-    @njit  # type: ignore[untyped-decorator]
+    @njit
     def finish(sums, bias, residual, out, vectors):  # type: ignore[no-untyped-def]
         if bias != 0 and residual != 0:
             with_both(sums, bias, residual, out, vectors)
