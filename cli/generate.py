@@ -11,6 +11,7 @@ import click
 import torch
 from jinja2 import TemplateError
 
+from specdec import proposers
 from specdec.acceptance import RULES
 from specdec.cli.console import TokenPrinter, closing_line, colour_wanted, remark, to_stdout
 from specdec.cli.inputs import questions, read_prompts
@@ -24,7 +25,6 @@ from specdec.cli.models import (
 from specdec.engine import Engine, fresh_seed
 from specdec.errors import InvalidArgumentError, SpecDecError
 from specdec.hf import stop_check
-from specdec.proposers import REGISTRY
 from specdec.rng import derive_seed
 from specdec.sampling import SamplingParams
 from specdec.sequence import Sequence as Sample
@@ -141,7 +141,7 @@ class _Output:
 )
 @click.option(
     "--proposer",
-    type=click.Choice(sorted(REGISTRY)),
+    type=click.Choice(proposers.names()),
     default=None,
     help="What drafts.  [default: draft, where there is one]",
 )
@@ -188,7 +188,7 @@ def generate(
     if "" in stop:
         raise InvalidArgumentError("--stop '': expected some text")
     prompts = [] if chat else read_prompts(prompt, prompt_file, batch)
-    if draft is None and target == "big" and not no_speculation:
+    if draft is None and target == "big" and not no_speculation and _wants_draft(proposer):
         draft = "small"
     tokenizer = load_tokenizer("target", target)
     if chat and not tokenizer.chat_template:
@@ -210,6 +210,10 @@ def generate(
         interrupted = _single(run, prompts[0])
     if interrupted:
         sys.exit(130)
+
+
+def _wants_draft(proposer: str | None) -> bool:
+    return proposer is None or proposers.find(proposer).needs_draft
 
 
 def _check_flags(

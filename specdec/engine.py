@@ -4,18 +4,18 @@ import time
 from collections.abc import Iterator, Sequence as Items
 from contextlib import nullcontext
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from specdec import proposers
 from specdec.acceptance import RULES
 from specdec.cache import CacheGroup, pages_for_memory
 from specdec.errors import InvalidArgumentError
 from specdec.forward import one_thread
 from specdec.policy import make_policy
-from specdec.proposers import REGISTRY, DraftModelProposer, Proposer
+from specdec.proposers import DraftModelProposer, Proposer
 from specdec.rng import Noise, PhiloxNoise, derive_seed
 from specdec.runner import ModelRunner, Runner
 from specdec.sampling import Law, SamplingParams
@@ -78,6 +78,10 @@ class Engine:
             )
         self.target = _runner(target)
         self.proposer = _make_proposer(proposer, draft, self.target, proposer_options or {})
+        # a draft with side branches fills more slots than it can add tokens
+        self._spare_slots = (self.proposer and self.proposer.preferred_nodes) or 0
+        if num_draft_tokens == "auto" and self._spare_slots:
+            num_draft_tokens = self._spare_slots
         self.policy = make_policy(policy, num_draft_tokens)
         self.noise = noise or PhiloxNoise()
         budget = _DEFAULT_KV_BYTES if kv_memory is None else kv_memory
@@ -161,7 +165,7 @@ class Engine:
         limit = self.max_positions
         if limit is not None:
             max_new_tokens = min(max_new_tokens, limit - len(prompt) + 1)
-        slots = len(prompt) + max_new_tokens
+        slots = len(prompt) + max_new_tokens + self._spare_slots
         if resume is None:
             cache = self.group.open(slots)
         else:
@@ -261,7 +265,8 @@ class Engine:
         for sequence in sequences:
             # Of the remaining tokens the last one is the target's own: it need not be drafted.
             room = min([sequence.remaining - 1, *(m - len(sequence.tokens) for m in limits)])
-            budgets.append(max(0, min(self.policy.budget(sequence), room)))
+            nodes = self.proposer.nodes_within(room) if room > 0 else 0
+            budgets.append(min(self.policy.budget(sequence), nodes))
         return self.proposer.propose(sequences, budgets, self.noise)
 
     def abort(self, request_id: str) -> None:
@@ -350,35 +355,33 @@ def _runner(model: Any) -> Runner:
     return runner
 
 
-def _check_options(options: dict[str, Any], *, has_draft: bool) -> None:
-    accepted = [*signature(DraftModelProposer).parameters][1:] if has_draft else []
-    if not set(options) <= set(accepted):
-        raise InvalidArgumentError(
-            f"proposer_options={options!r}: expected options of the proposer that a name or a "
-            f"draft makes: {', '.join(accepted) or 'none here'}"
-        )
-
-
 def _make_proposer(
     proposer: str | Proposer | None, draft: Any, target: Runner, options: dict[str, Any]
 ) -> Proposer | None:
-    _check_options(options, has_draft=draft is not None)
     if isinstance(proposer, Proposer):
         if draft is not None:
             raise InvalidArgumentError("pass either draft or a Proposer object, not both")
-        return proposer
-    if proposer is not None and proposer not in REGISTRY:
-        raise InvalidArgumentError(
-            f"proposer={proposer!r}: expected one of {', '.join(sorted(REGISTRY))}, or a Proposer"
-        )
+        return _without_options(proposer, options)
     if isinstance(draft, (list, tuple)):
         if len(draft) != 1:
             raise InvalidArgumentError(f"draft: expected one model, got {len(draft)}")
         draft = draft[0]
-    if draft is None:
-        if proposer is not None:
-            raise InvalidArgumentError(f"proposer={proposer!r} needs draft=<a small model>")
-        return None
+    if proposer is None and draft is None:
+        return _without_options(None, options)
+    runner = None if draft is None else _draft_runner(draft, target)
+    return proposers.make(proposer or DraftModelProposer.name, runner, options)
+
+
+def _without_options(proposer: Proposer | None, options: dict[str, Any]) -> Proposer | None:
+    if options:
+        raise InvalidArgumentError(
+            f"proposer_options={options!r}: expected none here; they are for a proposer that a "
+            "name or a draft makes"
+        )
+    return proposer
+
+
+def _draft_runner(draft: Any, target: Runner) -> Runner:
     runner = _runner(draft)
     if runner.device != target.device:
         raise InvalidArgumentError(
@@ -389,4 +392,4 @@ def _make_proposer(
             f"draft: its vocabulary has {runner.vocab_size} tokens, the target's "
             f"{target.vocab_size}; expected a draft with the target's tokenizer"
         )
-    return DraftModelProposer(runner, **options)
+    return runner

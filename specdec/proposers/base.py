@@ -15,11 +15,14 @@ class Proposer(ABC):
     """Guesses; it neither accepts nor emits. One object serves every sequence of an engine.
 
     law says what its proposals are drawn from: `point` (deterministic), `sampled` (fresh noise
-    from the stored laws) or `coupled` (the target's own noise).
+    from the stored laws) or `coupled` (the target's own noise). Options are keyword-only arguments
+    of the constructor, which raises InvalidArgumentError for values out of range; behind
+    needs_draft the draft model's Runner comes first.
     """
 
-    name: ClassVar[str]
-    law: ClassVar[Literal["point", "sampled", "coupled"]]
+    name: ClassVar[str]  # what wrap(proposer=...) calls it
+    needs_draft: ClassVar[bool] = False
+    law: Literal["point", "sampled", "coupled"]
 
     def join(self, group: CacheGroup, vocab_size: int) -> None:
         """Called once, before any sequence: the target's cache group and vocabulary size."""
@@ -29,6 +32,16 @@ class Proposer(ABC):
     def max_positions(self) -> int | None:
         """Longest context that can be drafted from; None: unbounded."""
         return None
+
+    @property
+    def preferred_nodes(self) -> int | None:
+        """Nodes per step where the caller names no number; None: the policy's own default."""
+        return None
+
+    def nodes_within(self, depth: int) -> int:
+        """How many nodes a draft of at most this depth may have: the budget near the end of a
+        sequence, never above the larger of depth and preferred_nodes."""
+        return depth
 
     def start(self, sequence: Sequence) -> None:
         """A sequence was admitted; its prompt is in sequence.tokens."""

@@ -32,6 +32,7 @@ class DraftModelProposer(Proposer):
     """
 
     name = "draft"
+    needs_draft = True
     law = "sampled"
 
     def __init__(
