@@ -32,7 +32,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 import specdec
 from specdec import zoo
-from specdec.acceptance import batched
+from specdec.acceptance import RULES, batched
 from specdec.errors import InvalidArgumentError, NumericalError
 from specdec.hf import SpecModel
 from specdec.rng import PhiloxNoise, derive_seed
@@ -72,6 +72,9 @@ def free(spec: SpecModel) -> bool:
     """Nothing is running and every page was given back."""
     spec.engine.group.check_integrity()
     return not spec.engine.scheduler.running and spec.engine.group.used == 0
+
+
+SAMPLED_RULES = [rule for rule in RULES if rule != "greedy"]
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +210,7 @@ def test_transformers_own_hook_gives_the_same(
 # --- sampling: seeds
 
 
-@pytest.mark.parametrize("rule", ["auto", "gumbel", "block", "token"])
+@pytest.mark.parametrize("rule", ["auto", *SAMPLED_RULES])
 def test_batch_row_equals_the_row_alone_with_its_seed(
     target: Model,
     draft: Model,
@@ -215,7 +218,7 @@ def test_batch_row_equals_the_row_alone_with_its_seed(
     batch: Inputs,
     rule: str,
 ) -> None:
-    spec = specdec.wrap(target, draft=draft, verification=rule)
+    spec = specdec.wrap(target, draft=draft, verification=rule, lossy=rule == "typical")
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "top_p": 0.95}
     out = spec.generate(**batch, **options, seed=5)
     seeds = [derive_seed(5, row, 0) for row in range(len(TEXTS))]
@@ -536,11 +539,11 @@ def test_bad_setting_of_the_draft_is_refused(
         specdec.wrap(target, draft=draft, proposer_options=options)
 
 
-@pytest.mark.parametrize("rule", ["block", "token"])
+@pytest.mark.parametrize("rule", SAMPLED_RULES)
 def test_truncated_sampling_stays_inside_the_target_s_nucleus(
     target: Model, draft: Model, prompt: Inputs, rule: str
 ) -> None:
-    spec = specdec.wrap(target, draft=draft, verification=rule)
+    spec = specdec.wrap(target, draft=draft, verification=rule, lossy=rule == "typical")
     out = spec.generate(**prompt, do_sample=True, top_k=2, max_new_tokens=64, seed=2)
     with torch.no_grad():
         logits = target(out[:, :-1]).logits[0, prompt["input_ids"].shape[1] - 1 :]
@@ -926,7 +929,7 @@ def test_nan_in_the_targets_logits_is_named_with_its_step(
         assert free(spec)
 
 
-@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("rule", ["token", "block", "recursive", "kseq", "traversal"])
 def test_nan_in_the_drafts_law_is_never_taken_for_one(
     target: Model, prompt: Inputs, rule: str
 ) -> None:
@@ -1000,7 +1003,7 @@ def bound(law: Tensor) -> float:
     return mean + sqrt(log(1e4) / (2 * SAMPLES))
 
 
-@pytest.mark.parametrize("rule", ["token", "block", "gumbel"])
+@pytest.mark.parametrize("rule", [rule for rule in SAMPLED_RULES if RULES[rule].lossless])
 def test_sampled_tokens_follow_the_exact_law(tiny_pair: tuple[Model, Model], rule: str) -> None:
     target, draft = tiny_pair
     spec = specdec.wrap(target, draft=draft, verification=rule, num_draft_tokens=2)

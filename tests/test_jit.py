@@ -308,6 +308,29 @@ def test_without_numba_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> No
         jit.why_not.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("machine", "features", "reason"),
+    [
+        ("aarch64", {}, "never tried on aarch64"),
+        ("x86_64", {"avx2": False, "fma": True}, "no AVX2"),
+        ("x86_64", {"avx2": True, "fma": True}, ""),
+    ],
+)
+def test_other_processors_are_told(
+    machine: str, features: dict[str, bool], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llvmlite import binding
+
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: features)
+    monkeypatch.setattr(jit.platform, "machine", lambda: machine)
+    jit.why_not.cache_clear()
+    try:
+        assert reason in jit.why_not()
+        assert bool(reason) == bool(jit.why_not())
+    finally:
+        jit.why_not.cache_clear()
+
+
 _AS_AVX2 = """
 import sys
 from llvmlite import binding
@@ -318,12 +341,7 @@ sys.exit(pytest.main([sys.argv[1], "-q", "-k", "not avx2", "-p", "no:cacheprovid
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names an x86 processor to the compiler")
 def test_the_same_on_avx2_code() -> None:
-    import platform
-
-    if platform.machine() != "x86_64":
-        pytest.skip("AVX2 is an x86 extension")
     environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", _AS_AVX2, __file__],

@@ -24,9 +24,10 @@ def why_not() -> str:
         return 'numba is not installed (pip install "specdec[cpu]")'
     from llvmlite import binding
 
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"they were never tried on {platform.machine()}"
     features = binding.get_host_cpu_features()
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if is_x86 and not (features.get("avx2") and features.get("fma")):
+    if not (features.get("avx2") and features.get("fma")):
         return "the processor has no AVX2"
     return ""
 
