@@ -155,6 +155,14 @@ class Noise(ABC):
     ) -> Tensor:
         """(R, vocab) standard Gumbel noise of absolute positions, one row per (seed, position)."""
 
+    def draft_gumbel(
+        self, seeds: Sequence[int], positions: Sequence[int], rows: Sequence[int], vocab: int,
+        device: torch.device,
+    ) -> Tensor:  # fmt: skip
+        """(R, vocab) standard Gumbel noise that draws the children of a row of a tree without
+        replacement, one row per (seed, tokens committed when the step began, row)."""
+        raise InvalidArgumentError(f"{type(self).__name__} has no Gumbel noise for drafts")
+
 
 class PhiloxNoise(Noise):
     """Production noise: pure functions of their arguments, so order and batching change nothing."""
@@ -190,20 +198,38 @@ class PhiloxNoise(Noise):
     def gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device
     ) -> Tensor:
-        noise = np.empty((len(seeds), vocab), np.float32)
-        some = max(1, _CACHED // vocab)
-        for first in range(0, len(seeds), some):
-            part = slice(first, first + some)
-            noise[part] = _gumbel(seeds[part], positions[part], vocab)
-        return torch.from_numpy(noise).to(device)
+        nodes = (0,) * len(seeds)
+        return torch.from_numpy(_gumbel(seeds, positions, nodes, Purpose.COUPLED, vocab)).to(device)
+
+    def draft_gumbel(
+        self, seeds: Sequence[int], positions: Sequence[int], rows: Sequence[int], vocab: int,
+        device: torch.device,
+    ) -> Tensor:  # fmt: skip
+        return torch.from_numpy(_gumbel(seeds, positions, rows, Purpose.DRAFT, vocab)).to(device)
 
 
-def _gumbel(seeds: Sequence[int], positions: Sequence[int], vocab: int) -> NDArray[np.float64]:
+def _gumbel(
+    seeds: Sequence[int], positions: Sequence[int], nodes: Sequence[int], purpose: Purpose,
+    vocab: int,
+) -> NDArray[np.float32]:  # fmt: skip
+    noise = np.empty((len(seeds), vocab), np.float32)
+    some = max(1, _CACHED // vocab)
+    for first in range(0, len(seeds), some):
+        part = slice(first, first + some)
+        noise[part] = _gumbel_rows(seeds[part], positions[part], nodes[part], purpose, vocab)
+    return noise
+
+
+def _gumbel_rows(
+    seeds: Sequence[int], positions: Sequence[int], nodes: Sequence[int], purpose: Purpose,
+    vocab: int,
+) -> NDArray[np.float64]:  # fmt: skip
     R, blocks = len(seeds), -(-vocab // 4)
     even = np.empty((2, R, blocks), np.uint32)
     even[0] = np.arange(blocks, dtype=np.uint32)
     even[1] = np.array(positions, np.uint32)[:, None]
-    odd = np.full((2, 1, 1), int(Purpose.COUPLED), np.uint32)  # node 0 is the same word
+    odd = np.empty((2, R, 1), np.uint32)
+    odd[0], odd[1] = np.array(nodes, np.uint32)[:, None], int(purpose)
     even, odd = _rounds(even, odd, _keys(seeds).reshape(2, R, 1))
     words = np.empty((R, blocks, 4), np.uint32)
     words[..., 0::2], words[..., 1::2] = even.transpose(1, 2, 0), odd.transpose(1, 2, 0)

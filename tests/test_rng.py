@@ -229,3 +229,35 @@ def test_recorded_noise_replays_and_refuses_the_rest() -> None:
         RecordedNoise({p: u for p, u in uniforms.items() if p != Purpose.BONUS}).step(
             [0, 0], [0, 0], 1, CPU
         )
+
+
+def test_draft_gumbel_rows_are_addressed_by_seed_step_row_and_token() -> None:
+    noise = PhiloxNoise().draft_gumbel([7, 7, 2**63 + 5], [10, 10, 3], [0, 6, 255], 9, CPU)
+    assert noise.shape == (3, 9)
+    assert noise.dtype == torch.float32
+    for row, (seed, position, node) in enumerate([(7, 10, 0), (7, 10, 6), (2**63 + 5, 3, 255)]):
+        words = np.concatenate(
+            [word(seed, node, position, Purpose.DRAFT, block) for block in range(3)]
+        )
+        wanted = -np.log(-np.log(log_uniform(words[:9])))
+        assert noise[row].tolist() == wanted.astype(np.float32).tolist()
+
+
+def test_draft_gumbel_bits_are_pinned() -> None:
+    row = PhiloxNoise().draft_gumbel([1], [5], [2], 4, CPU)[0]
+    words = np.array([3398225440, 1056373018, 3230266205, 3116041829], np.uint32)
+    wanted = -np.log(-np.log(((words >> np.uint32(8)) + 0.5) * 2.0**-24))
+    assert row.tolist() == wanted.astype(np.float32).tolist()
+
+
+def test_draft_gumbel_rows_do_not_depend_on_their_number() -> None:
+    noise = PhiloxNoise()
+    vocab = 40_000  # two rows are more than are made at once
+    both = noise.draft_gumbel([1, 2], [3, 3], [0, 1], vocab, CPU)
+    assert torch.equal(both[1:], noise.draft_gumbel([2], [3], [1], vocab, CPU))
+    assert not torch.equal(both[0], noise.gumbel([1], [3], vocab, CPU)[0])
+
+
+def test_noise_without_gumbel_rows_for_drafts_says_so() -> None:
+    with pytest.raises(InvalidArgumentError, match="RecordedNoise has no Gumbel noise for drafts"):
+        RecordedNoise().draft_gumbel([1], [0], [0], 4, CPU)
