@@ -107,6 +107,9 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma2": lambda: build(
         "Gemma2", head_dim=12, attn_logit_softcapping=0.5, **SLIDING
     ),
+    "gemma2-heads-of-64": lambda: build(
+        "Gemma2", head_dim=64, attn_logit_softcapping=0.5, **SLIDING
+    ),
     "cohere2": lambda: build("Cohere2", **SLIDING),
     "gpt2": lambda: build("GPT2", transformers.GPT2LMHeadModel, n_positions=POSITIONS),
     "phi": lambda: build("Phi"),

@@ -110,6 +110,13 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> 
             assert torch.equal(torch.cat([linear(part) for part in x.split(rows)]), together)
 
 
+def test_no_rows() -> None:
+    assert make_linear(draw(0, 32, 16), draw(1, 32))(torch.empty(1, 0, 16)).shape == (1, 0, 32)
+    layer = Layer(4, 2, 64, 16, torch.float32, 20, scattered=False)
+    found = layer.attend(torch.empty(0, 8 * 64), torch.empty(0, 64), Segment(0, 3, layer.table))
+    assert found.shape == (0, 4 * 64)
+
+
 def test_inputs_may_be_strided() -> None:
     weight, x = draw(0, 32, 16), draw(1, 16, 3).T
     assert torch.equal(make_linear(weight)(x, draw(2, 32, 3).T), make_linear(weight)(

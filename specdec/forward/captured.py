@@ -318,7 +318,9 @@ class _Emitter:
             return qkv_attention
         from specdec.forward.jit.attention import fits, merged_attention
 
-        _, _, heads, kv_heads, qkv, cos, sin = node.args
+        _, call, heads, kv_heads, qkv, cos, sin = node.args
+        if call_of(*call).softcap is not None:  # type: ignore[misc]
+            return qkv_attention
         assert isinstance(heads, int)
         assert isinstance(kv_heads, int)
         angles = [self.tables.get(a) for a in (cos, sin) if isinstance(a, Node)]

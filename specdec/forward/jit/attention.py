@@ -184,6 +184,8 @@ class _Rows:
     @staticmethod
     def parts(segment: Segment, window: Window | None) -> "list[_Rows]":
         """A tree whole; a chain in chunks, each of which sees the keys of those before it."""
+        if segment.rows == 0:  # the kernel's loops run at least once
+            return []
         if segment.mask is not None or segment.rows <= _CHUNK:
             return [_Rows(segment, window)]
         return [
