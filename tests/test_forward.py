@@ -107,6 +107,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma2": lambda: build(
         "Gemma2", head_dim=12, attn_logit_softcapping=0.5, **SLIDING
     ),
+    "mistral-heads-of-64": lambda: build("Mistral", head_dim=64, sliding_window=7),
     "gemma2-heads-of-64": lambda: build(
         "Gemma2", head_dim=64, attn_logit_softcapping=0.5, **SLIDING
     ),
