@@ -15,12 +15,13 @@ from specdec.cache import CacheGroup, pages_for_memory
 from specdec.errors import InvalidArgumentError
 from specdec.forward import one_thread
 from specdec.policy import make_policy
-from specdec.proposers import DraftModelProposer, Proposer
+from specdec.proposers import DraftModelProposer, DraftTreeProposer, Proposer
 from specdec.rng import Noise, PhiloxNoise, derive_seed
 from specdec.runner import ModelRunner, Runner
 from specdec.sampling import Law, SamplingParams
 from specdec.scheduler import Scheduler
 from specdec.sequence import Sequence, StopCheck
+from specdec.shapes import expansion
 from specdec.stats import RunStats, StepRecord
 from specdec.tree import TokenTree
 from specdec.verifier import Verifier
@@ -28,6 +29,8 @@ from specdec.verifier import Verifier
 PAGE_SIZE = 16
 # Vocabularies of one tokenizer differ in padding rows only; more than this is another tokenizer.
 MAX_PADDING_ROWS = 1024
+# The rules that need or gain most from one way of drafting trees.
+_TREE_KINDS = {"gumbel": "coupled", "kseq": "iid"}
 # Up to here torch's operators around the compiled kernels are too small for a second thread.
 _LIGHT_ROWS, _LIGHT_LOGITS = 32, 1 << 19
 _DEFAULT_KV_BYTES = 2 << 30
@@ -60,7 +63,7 @@ class Engine:
         proposer: str | Proposer | None = None,
         verification: str = "auto",
         num_draft_tokens: int | Literal["auto"] = "auto",
-        tree: None = None,
+        tree: Items[int] | None = None,
         policy: str = "auto",
         draft_window: None = None,
         lossy: bool = False,
@@ -70,14 +73,17 @@ class Engine:
         grow: bool = False,
         noise: Noise | None = None,
     ) -> None:
-        _refuse_unbuilt(tree=tree, draft_window=draft_window)
+        _refuse_unbuilt(draft_window=draft_window)
         if not lossy and verification in RULES and not RULES[verification].lossless:
             raise InvalidArgumentError(
                 f"verification={verification!r} changes what the target says; pass lossy=True "
                 "(--lossy) to accept that"
             )
         self.target = _runner(target)
-        self.proposer = _make_proposer(proposer, draft, self.target, proposer_options or {})
+        options = dict(proposer_options or {})
+        if tree is not None:
+            proposer = _tree_proposer(proposer, tree, num_draft_tokens, verification, options)
+        self.proposer = _make_proposer(proposer, draft, self.target, options)
         # a draft with side branches fills more slots than it can add tokens
         self._spare_slots = (self.proposer and self.proposer.preferred_nodes) or 0
         if num_draft_tokens == "auto" and self._spare_slots:
@@ -86,9 +92,10 @@ class Engine:
         self.noise = noise or PhiloxNoise()
         budget = _DEFAULT_KV_BYTES if kv_memory is None else kv_memory
         self.group = CacheGroup(PAGE_SIZE, 0, self.target.device)
-        self.verifier = Verifier(
-            self.target, self.group, verification, drafts=self.proposer is not None
-        )
+        rule = verification
+        if rule == "auto" and self.proposer is not None and self.proposer.law == "coupled":
+            rule = "gumbel"
+        self.verifier = Verifier(self.target, self.group, rule, drafts=self.proposer is not None)
         if self.proposer is not None:
             self.proposer.join(self.group, self.target.vocab_size)
         slot_bytes = sum(memory.slot_bytes for memory in self.group.memory.values()) or 1
@@ -353,6 +360,27 @@ def _runner(model: Any) -> Runner:
         return ModelRunner(model)
     runner: Runner = model
     return runner
+
+
+def _tree_proposer(
+    proposer: str | Proposer | None, tree: Items[int], num_draft_tokens: int | str,
+    verification: str, options: dict[str, Any],
+) -> str:  # fmt: skip
+    """The name behind tree=; its options go into `options`."""
+    widths = expansion(tree)
+    if proposer not in (None, DraftModelProposer.name, DraftTreeProposer.name):
+        raise InvalidArgumentError(
+            f"tree={tree!r}: expected proposer='tree' or none, got {proposer!r}"
+        )
+    if isinstance(num_draft_tokens, int) and 0 < num_draft_tokens < widths[0]:
+        raise InvalidArgumentError(
+            f"num_draft_tokens={num_draft_tokens} leaves out the first level of tree={tree!r}: "
+            f"expected at least {widths[0]}, or 'auto'"
+        )
+    options["tree"] = widths
+    if verification in _TREE_KINDS:
+        options.setdefault("kind", _TREE_KINDS[verification])
+    return DraftTreeProposer.name
 
 
 def _make_proposer(

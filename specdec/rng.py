@@ -161,6 +161,7 @@ class Noise(ABC):
     ) -> Tensor:  # fmt: skip
         """(R, vocab) standard Gumbel noise that draws the children of a row of a tree without
         replacement, one row per (seed, tokens committed when the step began, row)."""
+        del seeds, positions, rows, vocab, device
         raise InvalidArgumentError(f"{type(self).__name__} has no Gumbel noise for drafts")
 
 

@@ -67,7 +67,7 @@ class Verifier:
             return "gumbel"
         if all(tree.laws is None for tree in trees):
             return "walk"
-        return "block" if all(tree.is_chain for tree in trees) else "traversal"
+        return "block" if all(map(_is_drawn_once, trees)) else "traversal"
 
     def verify(
         self, sequences: Items[Sequence], trees: Items[TokenTree], noise: Noise
@@ -130,6 +130,11 @@ class Verifier:
         q = None if not laws else laws[0] if len(laws) == 1 else torch.cat(laws)
         outcome = batched.BY_COINS[rule](batch, p, q, coins)
         return _to_host(outcome, batch, sequences, lambda: batched.diagnose(rule, batch, p, q))
+
+
+def _is_drawn_once(tree: TokenTree) -> bool:
+    """Whether it is a chain and nothing in it was drawn twice."""
+    return tree.is_chain and (tree.draws is None or len(tree.draws) == len(tree))
 
 
 def _groups(sequences: Items[Sequence], trees: Items[TokenTree]) -> list[list[int]]:

@@ -10,14 +10,23 @@ from typing import Any
 from specdec.errors import InvalidArgumentError
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft import DraftModelProposer
+from specdec.proposers.tree import DraftTreeProposer
 from specdec.runner import Runner
 
-_BUILT_IN: tuple[type[Proposer], ...] = (DraftModelProposer,)
+_BUILT_IN: tuple[type[Proposer], ...] = (DraftModelProposer, DraftTreeProposer)
 REGISTRY: dict[str, type[Proposer]] = {proposer.name: proposer for proposer in _BUILT_IN}
 # Other packages add theirs as entry points of this group; a built-in name stays what it is.
 PLUG_INS = "specdec.proposers"
 
-__all__ = ["REGISTRY", "DraftModelProposer", "Proposer", "find", "make", "names"]
+__all__ = [
+    "REGISTRY",
+    "DraftModelProposer",
+    "DraftTreeProposer",
+    "Proposer",
+    "find",
+    "make",
+    "names",
+]
 
 
 def names() -> list[str]:

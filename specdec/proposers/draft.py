@@ -2,19 +2,17 @@
 2302.01318), over the same slots of the same pages as the target."""
 
 from collections.abc import Callable, Sequence as Items
-from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from specdec.acceptance.batched import sample
 from specdec.cache import CacheGroup
 from specdec.proposers.base import Proposer
+from specdec.proposers.model import DraftModel
 from specdec.rng import Noise, StepNoise
 from specdec.runner import Runner, SequenceRows
-from specdec.sampling import Law, Paths, Prefix, SamplingParams
+from specdec.sampling import Law, Paths, Prefix
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
 
@@ -22,13 +20,9 @@ from specdec.tree import TokenTree
 class DraftModelProposer(Proposer):
     """Drafts token by token with a model of the target's vocabulary.
 
-    Where the two vocabularies differ by padding rows, the draft's law is cut or padded with zeros:
-    a token that the target does not have is never drafted.
-
-    The draft samples by the target's law unless it is told otherwise: temperature, top_k, top_p and
-    min_p replace the target's own (temperature 0 drafts its best token), processors=False leaves
-    the processors before them to the target. Any setting is lossless: q is the law that a token was
-    drawn from. Greedy targets are drafted for greedily.
+    Options, all lossless, since q is the law that a token was drawn from: temperature, top_k,
+    top_p and min_p replace the target's own (temperature 0 drafts its best token),
+    processors=False leaves the processors before them to the target.
     """
 
     name = "draft"
@@ -40,16 +34,10 @@ class DraftModelProposer(Proposer):
         top_p: float | None = None, min_p: float | None = None, processors: bool = True,
     ) -> None:  # fmt: skip
         self.runner = runner
-        self._vocab_size = runner.vocab_size
-        own = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        self._own = {name: value for name, value in own.items() if value is not None}
-        SamplingParams(**self._own)  # type: ignore[arg-type]  # raises for values out of range
-        self._processors = processors
-        self._laws: WeakKeyDictionary[Law, Law] = WeakKeyDictionary()
+        self.model = DraftModel(runner, processors, temperature, top_k, top_p, min_p)
 
     def join(self, group: CacheGroup, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self.runner.join(group)
+        self.model.join(group, vocab_size)
 
     @property
     def max_positions(self) -> int | None:
@@ -82,25 +70,8 @@ class DraftModelProposer(Proposer):
             for t, q in zip(tokens, laws, strict=True)
         ]
 
-    def _law(self, sequence: Sequence) -> Law:
-        """What a sequence's tokens are drafted from: the target's law under the draft's options."""
-        law = sequence.law
-        own = {} if law.greedy else dict(self._own)
-        if not own and self._processors:
-            return law
-        if law not in self._laws:
-            greedy = law.greedy or own.get("temperature") == 0
-            if greedy:
-                own["temperature"] = 1.0
-            self._laws[law] = law.truncated(
-                replace(law.truncation, **own),  # type: ignore[arg-type]
-                greedy=greedy,
-                processors=self._processors,
-            )
-        return self._laws[law]
-
     def _coins(self, sequences: Items[Sequence], depth: int, noise: Noise) -> StepNoise | None:
-        if all(self._law(s).greedy for s in sequences):
+        if all(self.model.law(s).greedy for s in sequences):
             return None
         device = torch.device("cpu")
         seeds, positions = [s.seed for s in sequences], [len(s.tokens) for s in sequences]
@@ -112,20 +83,11 @@ class DraftModelProposer(Proposer):
         """One pass: what the draft has not computed yet, then the token drafted last."""
         rows = []
         for row, i in enumerate(active):
-            cache = sequences[i].cache
             if drafted is None:
-                pending = sequences[i].tokens[cache.computed_len(self.runner) :]
-                # A padding row that only the target has: any token will do, what is drafted behind
-                # it is judged like everything else.
-                known = [t if t < self.runner.vocab_size else 0 for t in pending]
-                rows.append(SequenceRows(cache, known, keep=1))
+                rows.append(self.model.pending(sequences[i]))
             else:
-                rows.append(SequenceRows(cache, (), drafted[row : row + 1], keep=1))
-        logits = self.runner.score(rows)
-        extra = self._vocab_size - logits.shape[1]
-        if extra < 0:
-            return logits[:, : self._vocab_size]
-        return F.pad(logits, (0, extra), value=float("-inf")) if extra else logits
+                rows.append(SequenceRows(sequences[i].cache, (), drafted[row : row + 1], keep=1))
+        return self.model.score(rows)
 
     def _pick(
         self, sequences: Items[Sequence], active: Items[int], logits: Tensor,
@@ -135,7 +97,7 @@ class DraftModelProposer(Proposer):
         """Chooses one token per active sequence, (len(active),), and records it with its law."""
         by_law: dict[Law, list[int]] = {}
         for row, i in enumerate(active):
-            by_law.setdefault(self._law(sequences[i]), []).append(row)
+            by_law.setdefault(self.model.law(sequences[i]), []).append(row)
         if len(by_law) == 1:
             [law] = by_law
             its_own = [sequences[i] for i in active]
