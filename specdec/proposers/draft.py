@@ -73,7 +73,7 @@ class DraftModelProposer(Proposer):
     def _coins(self, sequences: Items[Sequence], depth: int, noise: Noise) -> StepNoise | None:
         if all(self.model.law(s).greedy for s in sequences):
             return None
-        device = torch.device("cpu")
+        device = self.model.runner.device
         seeds, positions = [s.seed for s in sequences], [len(s.tokens) for s in sequences]
         return noise.step(seeds, positions, depth + 1, device)
 
