@@ -10,10 +10,17 @@ from typing import Any
 from specdec.errors import InvalidArgumentError
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft import DraftModelProposer
+from specdec.proposers.ngram import NgramProposer
+from specdec.proposers.suffix import SuffixProposer
 from specdec.proposers.tree import DraftTreeProposer
 from specdec.runner import Runner
 
-_BUILT_IN: tuple[type[Proposer], ...] = (DraftModelProposer, DraftTreeProposer)
+_BUILT_IN: tuple[type[Proposer], ...] = (
+    DraftModelProposer,
+    DraftTreeProposer,
+    NgramProposer,
+    SuffixProposer,
+)
 REGISTRY: dict[str, type[Proposer]] = {proposer.name: proposer for proposer in _BUILT_IN}
 # Other packages add theirs as entry points of this group; a built-in name stays what it is.
 PLUG_INS = "specdec.proposers"
@@ -22,7 +29,9 @@ __all__ = [
     "REGISTRY",
     "DraftModelProposer",
     "DraftTreeProposer",
+    "NgramProposer",
     "Proposer",
+    "SuffixProposer",
     "find",
     "make",
     "names",

@@ -1,0 +1,167 @@
+"""Prompt lookup: what followed the last few tokens before, in prompt or output (Saxena 2023;
+LLMA, 2304.04487)."""
+
+from collections.abc import Sequence as Items
+from typing import Literal, get_args
+
+import torch
+
+from specdec.cache import CacheGroup
+from specdec.errors import InvalidArgumentError
+from specdec.proposers.base import Proposer
+from specdec.rng import Noise
+from specdec.sequence import Sequence
+from specdec.tree import TokenTree
+
+Occurrence = Literal["latest", "earliest"]
+MAX_NGRAM = 32  # the index holds an entry per token and length
+
+
+class NgramProposer(Proposer):
+    """Proposes the continuation of the longest earlier match of the last min_ngram to max_ngram
+    tokens, at its latest or its earliest occurrence.
+
+    A copy that reaches the end of the context goes on into itself, so a repeated line is drafted
+    whole. branches: at most this many continuations, which differ in their first token, share the
+    budget as a tree: those of the longest match first, then those of shorter ones.
+
+    The draft is a function of the committed tokens. A token costs max_ngram dictionary accesses
+    once, and its memory is linear; nothing is scanned again.
+    """
+
+    name = "ngram"
+    law = "point"
+
+    def __init__(
+        self, *, max_ngram: int = 4, min_ngram: int = 1, occurrence: Occurrence = "latest",
+        branches: int = 1,
+    ) -> None:  # fmt: skip
+        """Raises InvalidArgumentError for values out of range."""
+        for name, value, least, most in (
+            ("min_ngram", min_ngram, 1, MAX_NGRAM),
+            ("max_ngram", max_ngram, min_ngram, MAX_NGRAM),
+            ("branches", branches, 1, None),
+        ):
+            if type(value) is not int or value < least or (most is not None and value > most):
+                span = f"{least} or more" if most is None else f"{least} to {most}"
+                raise InvalidArgumentError(f"{name}={value!r}: expected a whole number, {span}")
+        if occurrence not in get_args(Occurrence):
+            raise InvalidArgumentError(
+                f"occurrence={occurrence!r}: expected {' or '.join(get_args(Occurrence))}"
+            )
+        self.max_ngram, self.min_ngram = max_ngram, min_ngram
+        self.occurrence, self.branches = occurrence, branches
+        self._device = torch.device("cpu")
+        self._empty = TokenTree.empty(self._device)
+        self._indexes: dict[Sequence, NgramIndex] = {}
+
+    def join(self, group: CacheGroup, vocab_size: int) -> None:
+        del vocab_size
+        self._device = group.device
+        self._empty = TokenTree.empty(self._device)
+
+    def start(self, sequence: Sequence) -> None:
+        index = NgramIndex(self.min_ngram, self.max_ngram, self.occurrence, self.branches)
+        index.extend(sequence.tokens)
+        self._indexes[sequence] = index
+
+    def propose(
+        self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
+    ) -> list[TokenTree]:
+        del noise
+        trees = []
+        for sequence, budget in zip(sequences, budgets, strict=True):
+            index = self._indexes[sequence]
+            index.extend(sequence.tokens)
+            found = index.continuations(sequence.tokens, budget)
+            trees.append(self._tree(found) if found else self._empty)
+        return trees
+
+    def finish(self, sequence: Sequence) -> None:
+        self._indexes.pop(sequence, None)  # one that failed on its way in was never started
+
+    def _tree(self, chains: list[list[int]]) -> TokenTree:
+        """Chains below the root; their first tokens differ."""
+        if len(chains) == 1:
+            return TokenTree.chain(torch.tensor(chains[0], device=self._device))
+        tokens: list[int] = []
+        parents: list[int] = []
+        for chain in chains:
+            parents += (-1, *range(len(tokens), len(tokens) + len(chain) - 1))
+            tokens += chain
+        return TokenTree(torch.tensor(tokens, device=self._device), tuple(parents))
+
+
+class NgramIndex:
+    """Where every n-gram of a growing text goes on: a trie of its n-grams up to max_ngram."""
+
+    __slots__ = ("_active", "_children", "_keep_latest", "_starts", "branches", "max_ngram",
+                 "min_ngram", "size")  # fmt: skip
+
+    def __init__(
+        self, min_ngram: int, max_ngram: int, occurrence: Occurrence, branches: int
+    ) -> None:
+        self.min_ngram, self.max_ngram, self.branches = min_ngram, max_ngram, branches
+        self.size = 0  # tokens read
+        self._keep_latest = occurrence == "latest"
+        self._children: dict[int, int] = {}  # node << 32 | token -> node
+        # Per node, where the text goes on behind the n-gram: the preferred position first, at most
+        # `branches` of them, their tokens distinct.
+        self._starts: list[tuple[int, ...]] = [()]
+        self._active = [0]  # the nodes of the last 0, 1, .. max_ngram tokens
+
+    def extend(self, tokens: list[int]) -> None:
+        """Reads what the text has grown by since the last call."""
+        children, starts, active = self._children, self._starts, self._active
+        for i in range(self.size, len(tokens)):
+            token = tokens[i]
+            for node in active[self.min_ngram :]:
+                held = starts[node]
+                starts[node] = self._with(held, i, tokens) if held else (i,)
+            fresh = [0]
+            for node in active[: self.max_ngram]:
+                key = node << 32 | token
+                child = children.get(key)
+                if child is None:
+                    children[key] = child = len(starts)
+                    starts.append(())
+                fresh.append(child)
+            active = fresh
+        self._active, self.size = active, len(tokens)
+
+    def _with(self, held: tuple[int, ...], start: int, tokens: list[int]) -> tuple[int, ...]:
+        if self._keep_latest:
+            if self.branches == 1:
+                return (start,)
+            others = [p for p in held if tokens[p] != tokens[start]]
+            return (start, *others[: self.branches - 1])
+        if len(held) == self.branches or any(tokens[p] == tokens[start] for p in held):
+            return held
+        return (*held, start)
+
+    def continuations(self, tokens: list[int], budget: int) -> list[list[int]]:
+        """At most `branches` continuations of the text that was read, best first, of at most
+        `budget` tokens together."""
+        limit = min(self.branches, budget)
+        starts: dict[int, int] = {}  # first token -> position
+        for node in self._active[: self.min_ngram - 1 : -1]:  # the longest n-gram first
+            for start in self._starts[node]:
+                if len(starts) < limit:
+                    starts.setdefault(tokens[start], start)
+            if len(starts) >= limit:
+                break
+        chains = []
+        for left, start in zip(range(len(starts), 0, -1), starts.values(), strict=True):
+            share = -(-budget // left)
+            budget -= share
+            chains.append(_copy(tokens, start, share))
+        return chains
+
+
+def _copy(tokens: list[int], start: int, count: int) -> list[int]:
+    """tokens[start : start + count]; at the end of the text it goes on with what it copied."""
+    found = tokens[start : start + count]
+    if len(found) < count:
+        found *= -(-count // len(found))
+        del found[count:]
+    return found
