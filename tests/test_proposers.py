@@ -1,0 +1,493 @@
+"""The contract of every registered proposer, the registry itself, and trees drafted by a model."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence as Items
+from importlib.metadata import EntryPoint
+from math import log, sqrt
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+import specdec
+from specdec import Engine, Proposer, SamplingParams, TokenTree, proposers
+from specdec.errors import InvalidArgumentError
+from specdec.proposers import REGISTRY
+from specdec.rng import Noise
+from specdec.sequence import Sequence
+from specdec.verifier import Verdict
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Model = Any  # a transformers model: its methods are typed in part
+
+KV = 1 << 20
+# they repeat themselves, so that something can be looked up in them
+PROMPTS = [[0, 45, 67, 89, 45, 67], [0, 200, 31, 200], [0, *range(20, 60), *range(20, 30)], [7]]
+NEW = 14
+GREEDY = SamplingParams(max_new_tokens=NEW, temperature=0)
+SAMPLED = SamplingParams(max_new_tokens=NEW, temperature=0.9, top_p=0.95)
+
+# name -> options that it cannot do without
+REQUIRED: dict[str, dict[str, Any]] = {"tree": {"tree": (3, 2, 1)}}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, REQUIRED.get(name, {})) for name in sorted(REGISTRY)),
+    *(("tree", {"tree": (2, 2, 1), "kind": kind}) for kind in ("iid", "top_k", "coupled")),
+    ("tree", {"tree": (1, 1, 2, 1)}),  # a trunk, then branches
+    ("tree", {"tree": (1, 1, 1)}),  # a chain
+]
+each_proposer = pytest.mark.parametrize(
+    ("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else str([*v.values()])
+)
+
+
+class Watched(Engine):
+    """An engine whose cache is checked after every step."""
+
+    def step(self) -> list[specdec.StepRecord]:
+        records = super().step()
+        self.group.check_integrity()
+        return records
+
+
+@pytest.fixture(scope="module")
+def make(target: Model, draft: Model) -> Callable[..., Watched]:
+    """An engine of the tiny target with a proposer by name; without a name plain decoding."""
+
+    def build(name: str | None = None, options: Any = None, **more: Any) -> Watched:
+        its_draft = draft if name is not None and REGISTRY[name].needs_draft else None
+        given = {"draft": its_draft, "kv_memory": KV, **more}
+        return Watched(target, proposer=name, proposer_options=options, **given)
+
+    return build
+
+
+def texts(
+    engine: Engine, prompts: Items[list[int]], params: SamplingParams, seeds: Items[int]
+) -> list[tuple[int, ...]]:
+    """The continuations of prompts that run side by side."""
+    ids = [
+        engine.add_request(prompt, params, seed=seed)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    found = {out.id: out.token_ids for out in engine}
+    assert engine.group.used == 0
+    return [found[name] for name in ids]
+
+
+# --- the contract
+
+
+@each_proposer
+def test_greedy_output_is_that_of_plain_decoding(
+    make: Callable[..., Engine], name: str, options: dict[str, Any]
+) -> None:
+    wanted = texts(make(), PROMPTS, GREEDY, range(4))
+    assert texts(make(name, options), PROMPTS, GREEDY, range(4)) == wanted
+
+
+@each_proposer
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_ragged_batch_gives_each_prompt_what_it_gives_alone(
+    make: Callable[..., Engine], name: str, options: dict[str, Any], params: SamplingParams
+) -> None:
+    seeds = [5, 6, 7, 8]
+    alone = [
+        texts(make(name, options), [prompt], params, [seed])[0]
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    assert texts(make(name, options), PROMPTS, params, seeds) == alone
+
+
+@each_proposer
+def test_empty_proposal_is_plain_decoding(
+    make: Callable[..., Engine], name: str, options: dict[str, Any]
+) -> None:
+    engine = make(name, options, num_draft_tokens=0)
+    assert texts(engine, PROMPTS, GREEDY, range(4)) == texts(make(), PROMPTS, GREEDY, range(4))
+    assert engine.stats.drafted == 0
+    engine = make(name, options)
+    params = SamplingParams(max_new_tokens=1, temperature=0.7)  # nothing is worth a draft
+    assert [len(text) for text in texts(engine, PROMPTS, params, range(4))] == [1] * 4
+    assert engine.stats.drafted == 0
+
+
+@each_proposer
+def test_gumbel_output_is_that_of_plain_sampling_with_the_seed(
+    make: Callable[..., Engine], name: str, options: dict[str, Any]
+) -> None:
+    seeds = range(11, 15)
+    wanted = texts(make(), PROMPTS, SAMPLED, seeds)
+    assert texts(make(name, options, verification="gumbel"), PROMPTS, SAMPLED, seeds) == wanted
+
+
+@each_proposer
+def test_trees_keep_the_protocol(
+    make: Callable[..., Engine], name: str, options: dict[str, Any]
+) -> None:
+    engine = make(name, options)
+    propose, seen = engine.proposer.propose, Counter[bool]()  # type: ignore[union-attr]
+
+    def checked(sequences: Items[Sequence], budgets: Items[int], noise: Noise) -> list[TokenTree]:
+        trees = propose(sequences, budgets, noise)
+        for tree, budget in zip(trees, budgets, strict=True):
+            assert len(tree) <= budget
+            assert tree.max_depth < min(NEW, engine.target.max_positions or NEW)
+            TokenTree.build(tree.tokens, tree.parents, tree.proposals, tree.laws)
+            seen[len(tree) > 0] += 1
+        return trees
+
+    engine.proposer.propose = checked  # type: ignore[method-assign, union-attr]
+    for params in (GREEDY, SAMPLED):
+        texts(engine, PROMPTS, params, range(4))
+    assert seen[True] > 0
+
+
+# --- the law of what is sampled
+
+SAMPLES = 3072
+PROMPT = [3, 6, 4, 3, 6, 4]
+
+
+@pytest.fixture(scope="module")
+def tiny_pair(
+    make_llama: Callable[..., Model], make_draft: Callable[..., Model]
+) -> tuple[Model, Model]:
+    """Eight tokens, no end token, a draft that is right about half of the time."""
+    target = make_llama(8, seed=3, hidden_size=16, num_hidden_layers=1)
+    target.generation_config.eos_token_id = None
+    return target, make_draft(target, 0.15)
+
+
+def distance(target: Model, spec: specdec.SpecModel) -> tuple[float, float]:
+    """Total variation between the law of two tokens and what was sampled, and what sampling noise
+    alone exceeds with probability 1e-4 (the mean, then McDiarmid's inequality)."""
+    with torch.no_grad():
+        ids = torch.tensor([[*PROMPT, token] for token in range(8)])
+        p = target(ids).logits.double().softmax(-1)
+    law = (p[0, -2][:, None] * p[:, -1]).flatten()
+    counts = torch.zeros(64)
+    for seed in range(SAMPLES // 512):
+        out = spec.generate(
+            torch.tensor([PROMPT]), do_sample=True, max_new_tokens=3, num_return_sequences=512,
+            top_k=0, seed=100 + seed,
+        )  # fmt: skip
+        pairs = out[:, len(PROMPT)] * 8 + out[:, len(PROMPT) + 1]
+        counts += torch.bincount(pairs, minlength=64)
+    noise = float((law * (1 - law) / SAMPLES).sqrt().sum()) / 2
+    bound = noise + sqrt(log(1e4) / (2 * SAMPLES))
+    return float((counts / SAMPLES - law).abs().sum()) / 2, bound
+
+
+@each_proposer
+def test_sampled_tokens_follow_the_target_s_law(
+    tiny_pair: tuple[Model, Model], name: str, options: dict[str, Any]
+) -> None:
+    target, draft = tiny_pair
+    its_draft = draft if REGISTRY[name].needs_draft else None
+    spec = specdec.wrap(target, draft=its_draft, proposer=name, proposer_options=options)
+    found, bound = distance(target, spec)
+    assert found < bound
+
+
+def test_siblings_in_another_order_are_caught(
+    tiny_pair: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, draft = tiny_pair
+    largest = proposers.DraftTreeProposer._largest
+    monkeypatch.setattr(
+        proposers.DraftTreeProposer, "_largest",
+        lambda self, scores, width: largest(self, scores, width).sort(-1).values,
+    )  # fmt: skip
+    found, bound = distance(target, specdec.wrap(target, draft=draft, tree=(4, 2)))
+    assert found > bound
+
+
+@pytest.mark.parametrize("kind", ["without_replacement", "iid"])
+def test_children_are_drawn_from_the_stored_law(tiny_pair: tuple[Model, Model], kind: str) -> None:
+    target, draft = tiny_pair
+    engine = Engine(
+        target, draft=draft, tree=(2,), proposer_options={"kind": kind}, kv_memory=1 << 22
+    )
+    params = SamplingParams(max_new_tokens=4)
+    for seed in range(2048):
+        engine.add_request(PROMPT[:2], params, seed=seed)
+    assert engine.proposer is not None
+    sequences = engine.scheduler.running
+    trees = engine.proposer.propose(sequences, [2] * len(sequences), engine.noise)
+    counts = torch.zeros(8, 8, dtype=torch.float64)
+    for tree in trees:
+        first, second = tree.proposals
+        counts[first.token, second.token] += 1
+    assert trees[0].laws is not None
+    q = trees[0].laws[0].double()
+    law = q[:, None] * q[None]
+    if kind == "without_replacement":
+        law = (q[:, None] * q[None] / (1 - q)[:, None]).fill_diagonal_(0)
+    chi_square = ((counts - law * 2048) ** 2 / (law * 2048).clamp_min(1e-9))[law > 0].sum()
+    assert chi_square < 120  # 63 degrees of freedom: exceeded with probability 1e-5
+    engine.abort_all()
+
+
+# --- trees drafted by a model
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 3), (3, 1, 1, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [("auto", GREEDY), ("auto", SAMPLED), ("coupled", SAMPLED)],
+    ids=["greedy", "sampled", "coupled"],
+)
+def test_target_as_its_own_draft_is_accepted_to_the_last_level(
+    target: Model, shape: tuple[int, ...], kind: str, params: SamplingParams
+) -> None:
+    # accepted nodes lie in scattered slots: a draft that read wrong ones would soon disagree
+    engine = Watched(
+        target, draft=target, tree=shape, proposer_options={"kind": kind}, kv_memory=KV
+    )
+    params = SamplingParams(60, params.temperature, top_p=params.top_p)
+    engine.add_request(PROMPTS[0], params, seed=3)
+    accepted = [record.accepted for _ in range(8) for record in engine.step()]
+    assert accepted == [len(shape)] * 8
+    engine.abort_all()
+
+
+def test_draft_runs_once_per_level(make: Callable[..., Engine]) -> None:
+    engine = make("tree", {"tree": (3, 2, 1)})
+    assert isinstance(engine.proposer, proposers.DraftTreeProposer)
+    runner = engine.proposer.model.runner
+    rows: list[int] = []
+    score = runner.score
+    runner.score = lambda given: rows.append(sum(r.keep for r in given)) or score(given)  # type: ignore[method-assign, func-returns-value]
+    engine.add_request(PROMPTS[0], SAMPLED)
+    engine.step()
+    assert rows == [1, 3, 6]
+
+
+@pytest.mark.parametrize("kind", ["without_replacement", "top_k", "coupled"])
+def test_nothing_is_read_back_while_drafting(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    engine = make("tree", {"tree": (3, 2, 1), "kind": kind})
+    engine.add_request(PROMPTS[0], SAMPLED)
+    engine.step()
+    assert engine.proposer is not None
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a tensor was read back")
+
+    for reader in ("tolist", "item", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(Tensor, reader, refuse)
+    [tree] = engine.proposer.propose(engine.scheduler.running, [15], engine.noise)
+    monkeypatch.undo()
+    assert len(tree) == 15
+
+
+@pytest.mark.parametrize(
+    ("number", "drafted"), [(3, 3), (8, 3), (9, 9), (14, 9), (15, 15), (40, 15)]
+)
+def test_budget_is_used_up_by_whole_levels(
+    make: Callable[..., Engine], number: int, drafted: int
+) -> None:
+    engine = make("tree", {"tree": (3, 2, 1)}, num_draft_tokens=number)
+    engine.add_request(PROMPTS[0], SAMPLED)
+    [record] = engine.step()
+    assert record.drafted == drafted
+
+
+def test_tree_is_no_deeper_than_what_may_still_be_emitted(make: Callable[..., Engine]) -> None:
+    engine = make("tree", {"tree": (3, 2, 1)})
+    engine.add_request(PROMPTS[0], SamplingParams(max_new_tokens=3, temperature=0))
+    assert engine.step()[0].drafted == 9
+
+
+def test_tree_at_the_end_of_the_context(make: Callable[..., Engine]) -> None:
+    prompt = [5 + i % 200 for i in range(250)]  # of 256
+    params = SamplingParams(max_new_tokens=50, temperature=0)
+    wanted = texts(make(), [prompt], params, [1])
+    assert texts(make("tree", {"tree": (3, 2, 2)}), [prompt], params, [1]) == wanted
+
+
+def test_cut_law_gives_fewer_children(make: Callable[..., Engine]) -> None:
+    engine = make("tree", {"tree": (4, 3)})
+    engine.add_request(PROMPTS[0], SamplingParams(max_new_tokens=9, top_k=2))
+    assert engine.step()[0].drafted == 2 + 4
+
+
+@pytest.mark.parametrize("kind", ["without_replacement", "iid", "top_k", "coupled"])
+def test_law_with_fewer_tokens_than_children(make: Callable[..., Engine], kind: str) -> None:
+    # the nucleus is one token, temperature leaves others without mass
+    params = SamplingParams(max_new_tokens=NEW, temperature=0.05, top_p=0.01)
+    wanted = texts(make(), PROMPTS, GREEDY, range(4))
+    assert texts(make("tree", {"tree": (4, 2), "kind": kind}), PROMPTS, params, range(4)) == wanted
+
+
+def test_more_children_than_tokens(tiny_pair: tuple[Model, Model]) -> None:
+    target, draft = tiny_pair
+    engine = Engine(target, draft=draft, tree=(20,), kv_memory=KV)
+    engine.add_request(PROMPT, SamplingParams(max_new_tokens=3))
+    assert engine.step()[0].drafted == 8
+
+
+def test_duplicates_of_iid_draws_share_a_node(tiny_pair: tuple[Model, Model]) -> None:
+    target, draft = tiny_pair
+    engine = Engine(
+        target, draft=draft, tree=(8, 2), proposer_options={"kind": "iid"}, kv_memory=KV
+    )
+    engine.add_request(PROMPT, SamplingParams(max_new_tokens=9), seed=1)
+    assert engine.proposer is not None
+    [tree] = engine.proposer.propose(engine.scheduler.running, [24], engine.noise)
+    nodes = {proposal.node for proposal in tree.proposals if proposal.parent < 0}
+    draws = [proposal for proposal in tree.proposals if proposal.parent < 0]
+    assert len(nodes) < len(draws) == 8
+    assert len(tree.proposals) == 8 + 2 * len(nodes)
+
+
+def test_processors_act_along_each_path(target: Model) -> None:
+    own = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.7)])
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
+    ids = torch.tensor([PROMPTS[0]])
+    wanted = target.generate(ids, **options, logits_processor=own)
+    rates = []
+    for use in (True, False):
+        spec = specdec.wrap(
+            target, draft=target, tree=(2, 2, 1), proposer_options={"processors": use}
+        )
+        assert torch.equal(spec.generate(ids, **options, logits_processor=own), wanted)
+        assert spec.last_stats is not None
+        rates.append(spec.last_stats.tokens_per_target_pass)
+    assert rates[0] > 3.5 > rates[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"tree": (2, 2)}, "traversal"),
+        ({"tree": (1, 1)}, "block"),
+        ({"tree": (2, 2), "options": {"kind": "top_k"}}, "walk"),
+        ({"tree": (2, 2), "options": {"kind": "coupled"}}, "gumbel"),
+        ({"tree": (2, 2), "options": {"temperature": 0}}, "walk"),
+    ],
+    ids=lambda v: "" if isinstance(v, dict) else v,
+)
+def test_rule_that_auto_means(
+    make: Callable[..., Engine], options: dict[str, Any], rule: str, draft: Model
+) -> None:
+    engine = make(**options, draft=draft)
+    engine.add_request(PROMPTS[0], SAMPLED)
+    assert engine.proposer is not None
+    trees = engine.proposer.propose(engine.scheduler.running, [6], engine.noise)
+    assert engine.verifier.rule_for(engine.scheduler.running[0].law, trees) == rule
+
+
+@pytest.mark.parametrize(("rule", "kind"), [("gumbel", "coupled"), ("kseq", "iid")])
+def test_rule_chooses_how_its_trees_are_drafted(
+    make: Callable[..., Engine], draft: Model, rule: str, kind: str
+) -> None:
+    engine = make(tree=(2, 2), draft=draft, verification=rule)
+    assert isinstance(engine.proposer, proposers.DraftTreeProposer)
+    assert engine.proposer.kind == kind
+    texts(engine, PROMPTS, SAMPLED, range(4))
+
+
+# --- what is refused, and plug-ins
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tree": (3, 0)}, r"tree=\(3, 0\): expected the number of children per level"),
+        ({"tree": (16, 16)}, "has 272 nodes: expected at most 255"),
+        ({"tree": (3, 2), "num_draft_tokens": 2}, "leaves out the first level"),
+        ({"tree": (2,), "proposer_options": {"kind": "best"}}, "kind='best': expected one of auto"),
+        ({"tree": (2,), "proposer_options": {"size": 2}}, "'size' is no option of proposer='tree'"),
+        ({"tree": (2,), "draft": None}, "proposer='tree' needs draft="),
+        ({"tree": (2,), "proposer": "plug-in"}, "expected proposer='tree' or none, got 'plug-in'"),
+        ({"proposer": "tree"}, "proposer='tree' needs proposer_options={'tree': ...}"),
+        ({"proposer": "nobody"}, f"expected one of .*{', '.join(sorted(REGISTRY))}"),
+        ({"draft": None, "proposer_options": {"tree": 3}}, "expected none here"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_by_name(
+    target: Model, draft: Model, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        specdec.wrap(target, **{"draft": draft, **options})
+
+
+class Repeats(Proposer):
+    """Proposes the last token again, as another package might."""
+
+    name = "repeats"
+    law = "point"
+    seen: ClassVar[list[int]] = []
+
+    def __init__(self, *, times: int = 2) -> None:
+        self.times = times
+
+    def propose(
+        self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
+    ) -> list[TokenTree]:
+        del noise
+        return [
+            TokenTree.chain(torch.tensor(s.tokens[-1:] * min(self.times, budget)).long())
+            for s, budget in zip(sequences, budgets, strict=True)
+        ]
+
+    def observe(self, sequences: Items[Sequence], verdicts: Items[Verdict]) -> None:
+        del sequences
+        self.seen.extend(verdict.accepted for verdict in verdicts)
+
+
+@pytest.fixture
+def plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry points as three other packages would declare them."""
+    group = proposers.PLUG_INS
+    points = {
+        name: EntryPoint(name, value, group)
+        for name, value in {
+            "repeats": "its_package:Repeats", "gone": "specdec.no_such_module:X",
+            "wrong": "specdec.errors:SpecDecError",
+        }.items()
+    }  # fmt: skip
+    load = EntryPoint.load
+    monkeypatch.setattr(
+        EntryPoint, "load", lambda self: Repeats if self.name == "repeats" else load(self)
+    )
+    monkeypatch.setattr(proposers, "_plug_ins", lambda: points)
+
+
+@pytest.mark.usefixtures("plug_ins")
+def test_plug_in_is_found_by_its_name(target: Model, make: Callable[..., Engine]) -> None:
+    assert {"repeats", "gone", *REGISTRY} <= set(proposers.names())
+    engine = Watched(target, proposer="repeats", proposer_options={"times": 3}, kv_memory=KV)
+    Repeats.seen.clear()
+    assert texts(engine, PROMPTS, GREEDY, range(4)) == texts(make(), PROMPTS, GREEDY, range(4))
+    assert len(Repeats.seen) == engine.stats.steps
+
+
+@pytest.mark.usefixtures("plug_ins")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"proposer": "gone"}, "plug-in specdec.no_such_module:X cannot be imported"),
+        ({"proposer": "wrong"}, "plug-in specdec.errors:SpecDecError is no subclass of specdec.P"),
+        ({"proposer": "repeats", "proposer_options": {"often": 1}}, "'often' is no option of .*ti"),
+        ({"proposer": "other"}, "expected one of .*gone.*repeats"),
+    ],
+    ids=str,
+)
+def test_plug_in_that_does_not_work_is_named(
+    target: Model, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        specdec.wrap(target, **options)
+
+
+@pytest.mark.usefixtures("plug_ins")
+def test_draft_that_nobody_asked_for_is_refused(target: Model, draft: Model) -> None:
+    with pytest.raises(InvalidArgumentError, match="proposer='repeats' has no use for a draft"):
+        specdec.wrap(target, proposer="repeats", draft=draft)
