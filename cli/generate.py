@@ -28,6 +28,7 @@ from specdec.hf import stop_check
 from specdec.rng import derive_seed
 from specdec.sampling import SamplingParams
 from specdec.sequence import Sequence as Sample
+from specdec.shapes import expansion
 from specdec.stats import RunStats
 
 
@@ -39,6 +40,17 @@ def _draft_tokens(ctx: click.Context, param: click.Parameter, value: str) -> Any
             f"{value!r} is neither a whole number from 0 on nor 'auto'.", ctx, param
         )
     return int(value)
+
+
+def _tree_shape(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"{value!r}: expected numbers such as 3,2,1.", ctx, param)
+    return expansion([int(part) for part in parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +152,13 @@ class _Output:
     help="Tokens drafted per step.",
 )
 @click.option(
+    "--tree",
+    callback=_tree_shape,
+    metavar="K1,K2,…",
+    default=None,
+    help="Draft a tree: children of each token, level by level.  [default: a chain]",
+)
+@click.option(
     "--proposer",
     type=click.Choice(proposers.names()),
     default=None,
@@ -176,15 +195,15 @@ def generate(
     prompt: str | None, prompt_file: str | None, target: str, draft: str | None,
     no_speculation: bool, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
     min_p: float, seed: int | None, stop: tuple[str, ...], num_draft_tokens: Any,
-    proposer: str | None, verification: str, lossy: bool, dtype: str, device: str | None,
-    batch: int | None, chat: bool, as_json: bool,
+    tree: tuple[int, ...] | None, proposer: str | None, verification: str, lossy: bool, dtype: str,
+    device: str | None, batch: int | None, chat: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text from PROMPT, --prompt-file or standard input.
 
     On a terminal, green text was drafted and accepted by the target.
     """
     SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p)
-    _check_flags(chat, prompt, prompt_file, batch, no_speculation, draft, proposer)
+    _check_flags(chat, prompt, prompt_file, batch, no_speculation, draft, proposer, tree)
     if "" in stop:
         raise InvalidArgumentError("--stop '': expected some text")
     prompts = [] if chat else read_prompts(prompt, prompt_file, batch)
@@ -195,7 +214,7 @@ def generate(
         raise InvalidArgumentError(f"--chat: the tokenizer of {target!r} has no chat template")
     engine = _build_engine(
         target, draft, tokenizer, dtype, device, proposer=proposer, verification=verification,
-        lossy=lossy, num_draft_tokens=num_draft_tokens,
+        lossy=lossy, num_draft_tokens=num_draft_tokens, tree=tree,
     )  # fmt: skip
     eos = end_tokens(engine, tokenizer)
     run = _Run(
@@ -218,7 +237,7 @@ def _wants_draft(proposer: str | None) -> bool:
 
 def _check_flags(
     chat: bool, prompt: str | None, prompt_file: str | None, batch: int | None,
-    no_speculation: bool, draft: str | None, proposer: str | None,
+    no_speculation: bool, draft: str | None, proposer: str | None, tree: tuple[int, ...] | None,
 ) -> None:  # fmt: skip
     if prompt is not None and prompt_file is not None:
         raise InvalidArgumentError("PROMPT and --prompt-file: expected one of the two")
@@ -228,6 +247,8 @@ def _check_flags(
         )
     if no_speculation and (draft is not None or proposer is not None):
         raise InvalidArgumentError("--no-speculation: expected neither --draft nor --proposer")
+    if no_speculation and tree is not None:
+        raise InvalidArgumentError("--no-speculation: expected no --tree")
 
 
 def _build_engine(

@@ -370,10 +370,14 @@ def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
     itself left as it was. Options, all by keyword:
 
     draft: a small model with the target's tokenizer.
-    proposer: a name in specdec.proposers.REGISTRY, or a Proposer; default: "draft" with a draft,
+    proposer: a name (specdec.proposers.names()), or a Proposer; default: "draft" with a draft,
         plain decoding without.
+    tree: the draft proposes a tree, its number of children per level: (3, 2, 1) has 3 + 6 + 6
+        nodes. proposer_options={"kind": ...} says what siblings are: "without_replacement" draws,
+        "iid" draws, the "top_k" tokens, or "coupled" with the target's own noise.
     verification: "auto" or a name in specdec.acceptance.RULES.
-    num_draft_tokens: tokens drafted per step, or "auto". policy: "auto" or "constant".
+    num_draft_tokens: tokens drafted per step, or "auto"; of a tree its whole levels that fit.
+    policy: "auto" or "constant".
     lossy: must be True for a rule that changes the law.
     proposer_options: keywords of the proposer that a name or a draft makes. For a draft model
         temperature, top_k, top_p, min_p: what the draft samples with where it differs from the
