@@ -91,7 +91,8 @@ def test_laws(params: SamplingParams) -> None:
 class MetaRunner:
     """A model without values."""
 
-    vocab_size, max_positions, device = V, 512, META
+    vocab_size, device = V, META
+    max_positions: int | None = 512
 
     def join(self, group: CacheGroup) -> None:
         group.add_model(self, [])

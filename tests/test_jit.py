@@ -329,7 +329,7 @@ def test_other_processors_are_told(
     from llvmlite import binding
 
     monkeypatch.setattr(binding, "get_host_cpu_features", lambda: features)
-    monkeypatch.setattr(jit.platform, "machine", lambda: machine)
+    monkeypatch.setattr("platform.machine", lambda: machine)
     jit.why_not.cache_clear()
     try:
         assert reason in jit.why_not()
