@@ -93,8 +93,8 @@ class SuffixProposer(Proposer):
             request.read(sequence.tokens, self.past)
             best = self.settings.draft(request.automaton, request.automaton.open, budget)
             if request.past.length:
-                other = self.settings.draft(self.past.automaton, request.past, budget)
-                best = other if other.score > best.score else best
+                past = self.past.automaton
+                best = self.settings.draft(past, request.past, budget, best)
             trees.append(self._tree(best))
         return trees
 
@@ -157,23 +157,27 @@ class Settings:
             else MAX_WIDTH
         )
 
-    def draft(self, counts: SuffixAutomaton, end: Match, budget: int) -> Draft:
-        """The best draft of at most `budget` tokens behind a text whose end is matched.
+    def draft(
+        self, counts: SuffixAutomaton, end: Match, budget: int, best: Draft = _NOTHING
+    ) -> Draft:
+        """The best draft of at most `budget` tokens behind a text whose end is matched, if its
+        score is above that of `best`, else `best`.
 
         All ends of one class have the same continuations, so its longest, which may draft most, is
         the best of them. Cost: one look per class, and few of them can beat the best so far.
         """
         budget = min(budget, counts.depth - 1)
         if budget <= 0 or not end.length:
-            return _NOTHING
+            return best
         # what is drafted behind it is counted as well
         at = Match(end.state, end.length)
         counts.narrow(at, counts.depth - budget)
-        state, length, best = at.state, at.length, _NOTHING
+        state, length = at.state, at.length
         grow = self._tree if self.mode == "tree" else self._path
         while state != ROOT:
             nodes = int(self.max_spec_factor * length + self.max_spec_offset + 1e-6)
-            nodes = min(budget, nodes)
+            if nodes > budget:
+                nodes = budget
             likeliest = counts.best[state]
             if nodes > 0 and likeliest >= 0:
                 most = counts.count[counts.moves[state][likeliest]] * nodes

@@ -53,11 +53,9 @@ class SuffixAutomaton:
         self._last = self._extend(self._last, token)
         self.num_tokens += 1
         at = self.open
-        self.narrow(at)  # its class may just have been split
+        self.narrow(at, self.depth - 1)  # its class may just have been split
         self._count_up(at.state, token)
-        at.state = self.moves[at.state][token]
-        at.length += 1
-        self.narrow(at)
+        self._step(at, token)
 
     def advance(self, match: Match, token: int) -> None:
         """The matched text, any text, grows by one token."""
@@ -67,15 +65,19 @@ class SuffixAutomaton:
                 return
             match.state = link[match.state]
             match.length = self.length[match.state]
-        match.state = moves[match.state][token]
-        match.length += 1
-        self.narrow(match)
+        self._step(match, token)
 
-    def narrow(self, match: Match, longest: int | None = None) -> None:
-        """Cuts a match to its last `longest` tokens, depth - 1 if not said."""
-        longest = self.depth - 1 if longest is None else longest
-        size = match.length = min(match.length, longest)
-        state, length, link = match.state, self.length, self.link
+    def _step(self, match: Match, token: int) -> None:
+        match.state = self.moves[match.state][token]
+        match.length += 1
+        if match.length == self.depth:
+            self.narrow(match, self.depth - 1)
+
+    def narrow(self, match: Match, longest: int) -> None:
+        """Cuts a match to its last `longest` tokens, and finds its class again."""
+        if match.length > longest:
+            match.length = longest
+        size, state, length, link = match.length, match.state, self.length, self.link
         while state != ROOT and length[link[state]] >= size:
             state = link[state]
         match.state = state
