@@ -1,21 +1,26 @@
 """The contract of every registered proposer, the registry itself, and trees drafted by a model."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence as Items
 from importlib.metadata import EntryPoint
 from math import log, sqrt
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 import specdec
 from specdec import Engine, Proposer, SamplingParams, TokenTree, proposers
+from specdec.cli.main import main
 from specdec.errors import InvalidArgumentError
 from specdec.proposers import REGISTRY
 from specdec.rng import Noise
+from specdec.runner import SequenceRows
 from specdec.sequence import Sequence
 from specdec.verifier import Verdict
 
@@ -258,12 +263,17 @@ def test_draft_runs_once_per_level(make: Callable[..., Engine]) -> None:
     engine = make("tree", {"tree": (3, 2, 1)})
     assert isinstance(engine.proposer, proposers.DraftTreeProposer)
     runner = engine.proposer.model.runner
-    rows: list[int] = []
+    kept: list[int] = []
     score = runner.score
-    runner.score = lambda given: rows.append(sum(r.keep for r in given)) or score(given)  # type: ignore[method-assign, func-returns-value]
+
+    def counted(rows: Items[SequenceRows]) -> Tensor:
+        kept.append(sum(row.keep for row in rows))
+        return score(rows)
+
+    runner.score = counted  # type: ignore[method-assign]
     engine.add_request(PROMPTS[0], SAMPLED)
     engine.step()
-    assert rows == [1, 3, 6]
+    assert kept == [1, 3, 6]
 
 
 @pytest.mark.parametrize("kind", ["without_replacement", "top_k", "coupled"])
@@ -390,6 +400,36 @@ def test_rule_chooses_how_its_trees_are_drafted(
     assert isinstance(engine.proposer, proposers.DraftTreeProposer)
     assert engine.proposer.kind == kind
     texts(engine, PROMPTS, SAMPLED, range(4))
+
+
+# --- the command line
+
+
+def test_tree_on_the_command_line(models: Path) -> None:
+    args = ["generate", "def f", "--target", str(models / "target"), "--draft"]
+    args += [str(models / "draft"), "--max-new-tokens", "9", "--json"]
+    plain, tree = (
+        json.loads(CliRunner().invoke(main, [*args, *more]).stdout)
+        for more in (["--num-draft-tokens", "0"], ["--tree", "3,2,1"])
+    )
+    assert tree["outputs"] == plain["outputs"]
+    assert tree["stats"]["drafted"] > 9 > plain["stats"]["drafted"] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tree", "3,x"], "'--tree': '3,x': expected numbers such as 3,2,1."),
+        (["--tree", "3,0"], "expected the number of children per level"),
+        (["--tree", "2", "--no-speculation"], "--no-speculation: expected no --tree"),
+    ],
+    ids=str,
+)
+def test_tree_that_cannot_be_drafted_is_one_line(args: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, ["generate", "x", *args])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 # --- what is refused, and plug-ins
