@@ -22,6 +22,7 @@ ROWS = (
     ),
     ("against plain specdec decoding", "specdec / specdec plain"),
     ("plain specdec decoding against plain transformers", "specdec plain / transformers"),
+    ("share of the ceiling E t1 / (g t_draft + t_verify)", "share of ceiling"),
 )
 
 

@@ -280,7 +280,25 @@ BY_LENGTH = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KNOWN)
+def _older_transformers() -> bool:
+    """Whether its own processors fail on ids beyond the scores, and differ at the ends of paths."""
+    try:
+        hf.RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([[V]]), torch.zeros(1, V))
+    except RuntimeError:
+        return True
+    return False
+
+
+# What it changed since: nothing to compare with before (5.17).
+CHANGED = ("repetition", "repetition below 1", "repetition, prompt ignored", "1-grams", "bias")
+needs_newer = pytest.mark.skipif(
+    _older_transformers(), reason="this transformers' own processors fail on these paths"
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs_newer if n in CHANGED else ()) for n in KNOWN]
+)
 def test_known_processor_gives_on_all_rows_what_transformers_gives_on_each_path(name: str) -> None:
     make = KNOWN[name]
     rows = paths_by_hand()
@@ -304,6 +322,7 @@ def test_known_processor_gives_on_all_rows_what_transformers_gives_on_each_path(
     assert law.slow_processors == ()
 
 
+@needs_newer
 def test_repetition_penalty_ignores_left_padding_as_transformers_batch_does() -> None:
     prompts = [[3, 4], [5, 5, 6, 7], [8]]
     width, pad = 4, 0
@@ -318,6 +337,7 @@ def test_repetition_penalty_ignores_left_padding_as_transformers_batch_does() ->
     assert torch.equal(ours, own(ids, scores))
 
 
+@needs_newer
 def test_several_processors_in_their_order() -> None:
     def make() -> list[Any]:
         return [
@@ -486,6 +506,7 @@ def test_forgotten_states_are_forked_again() -> None:
 # --- SamplingParams
 
 
+@needs_newer
 def test_sampling_params_apply_in_transformers_order() -> None:
     params = SamplingParams(
         temperature=0.7, top_k=20, top_p=0.95, min_p=0.01, typical_p=0.9, epsilon_cutoff=1e-3,
