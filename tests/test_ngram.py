@@ -180,6 +180,7 @@ def test_memory_is_linear_in_the_context() -> None:
         index.extend([draw.randrange(alphabet) for _ in range(4000)])
         assert len(index._children) <= 4 * 4000
         assert sum(map(len, index._starts)) <= 4 * 4000
+        assert max(map(len, index._starts)) <= 3
 
 
 # --- in the engine

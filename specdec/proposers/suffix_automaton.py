@@ -52,10 +52,9 @@ class SuffixAutomaton:
         """The text grows by one token."""
         self._last = self._extend(self._last, token)
         self.num_tokens += 1
-        at = self.open
-        self.narrow(at, self.depth - 1)  # its class may just have been split
-        self._count_up(at.state, token)
-        self._step(at, token)
+        # Where its class was just split this is the longer part, a suffix of the text all the same.
+        self._count_up(self.open.state, token)
+        self._step(self.open, token)
 
     def advance(self, match: Match, token: int) -> None:
         """The matched text, any text, grows by one token."""
