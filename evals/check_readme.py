@@ -1,4 +1,4 @@
-"""The README's table of measured ratios, made from the committed raw files and from nothing else.
+"""The README's tables of figures, made from the committed raw files and from nothing else.
 
 python -P evals/check_readme.py           exits 1 when the README is stale
 python -P evals/check_readme.py --write   brings it up to date
@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from specdec.evals import rule_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evals" / "results"
-BEGIN, END = "<!-- speed:begin -->\n", "<!-- speed:end -->\n"
 # (label, ratio in the raw file)
 ROWS = (
     ("against plain transformers", "specdec / transformers"),
@@ -56,17 +57,29 @@ def shapes_table() -> list[str]:
     return lines
 
 
+def speed_block() -> list[str]:
+    return [*pair_table(), "", *shapes_table()]
+
+
+def rules_block() -> list[str]:
+    return rule_table.table(read("rule_choice.json"))
+
+
+# marker in the README -> what stands between its begin and end
+BLOCKS = {"speed": speed_block, "rules": rules_block}
+
+
 def main() -> None:
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    block = "\n".join([*pair_table(), "", *shapes_table()]) + "\n"
-    fresh = before + BEGIN + block + END + after
+    text = fresh = readme.read_text(encoding="utf-8")
+    for name, block in BLOCKS.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
+        before, rest = fresh.split(begin)
+        fresh = before + begin + "\n".join(block()) + "\n" + end + rest.split(end)[1]
     if "--write" in sys.argv[1:]:
         readme.write_text(fresh, encoding="utf-8")
     elif fresh != text:
-        sys.exit("README.md: its speed table differs from evals/results; run with --write")
+        sys.exit("README.md: its tables differ from evals/results; run with --write")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,7 @@
-"""The README's table of rules and trees, made from evals/results/rule_choice.json and nothing else.
+"""The README's table of rules and trees, from the raw result of evals/rule_choice.py."""
 
-python -P evals/check_rule_table.py           exits 1 when the README is stale
-python -P evals/check_rule_table.py --write   brings it up to date
-"""
-
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "evals" / "results" / "rule_choice.json"
-BEGIN, END = "<!-- rules:begin -->\n", "<!-- rules:end -->\n"
 KINDS = {
     "without_replacement": "without replacement",
     "iid": "iid",
@@ -49,20 +39,3 @@ def table(result: dict[str, Any]) -> list[str]:
                 label = f"chain as deep, `{rule}`" if is_chain else f"{KINDS[kind]}, `{rule}`"
                 lines.append(f"| {label} | " + " | ".join(cells[key] for key in keys) + " |")
     return lines
-
-
-def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    block = "\n".join(table(json.loads(RESULT.read_text(encoding="utf-8")))) + "\n"
-    fresh = before + BEGIN + block + END + after
-    if "--write" in sys.argv[1:]:
-        readme.write_text(fresh, encoding="utf-8")
-    elif fresh != text:
-        sys.exit("README.md: its table of rules differs from evals/results; run with --write")
-
-
-if __name__ == "__main__":
-    main()
