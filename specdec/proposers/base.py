@@ -43,6 +43,19 @@ class Proposer(ABC):
         sequence, never above the larger of depth and preferred_nodes."""
         return depth
 
+    def draft_rows(self, depth: int) -> tuple[int, ...]:
+        """Rows of each draft pass, for one sequence, that a draft of this depth takes; () where no
+        model drafts. Adaptive policies plan with it."""
+        del depth
+        return ()
+
+    def situation(self, sequence: Sequence) -> int:
+        """A small number that tells drafts of different prospects apart, a function of what was
+        committed: adaptive policies estimate acceptance per situation (the length of the match
+        that an n-gram would be copied from, say). Called before propose."""
+        del sequence
+        return 0
+
     def start(self, sequence: Sequence) -> None:
         """A sequence was admitted; its prompt is in sequence.tokens."""
         del sequence

@@ -43,6 +43,9 @@ class DraftModelProposer(Proposer):
     def max_positions(self) -> int | None:
         return self.runner.max_positions
 
+    def draft_rows(self, depth: int) -> tuple[int, ...]:
+        return (1,) * depth
+
     def propose(
         self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
     ) -> list[TokenTree]:

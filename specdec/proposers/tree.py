@@ -75,6 +75,14 @@ class DraftTreeProposer(Proposer):
     def nodes_within(self, depth: int) -> int:
         return expanded(self.widths[:depth])
 
+    def draft_rows(self, depth: int) -> tuple[int, ...]:
+        """Every level's pass computes the branched levels above it again."""
+        trunk = next((i for i, width in enumerate(self.widths) if width > 1), len(self.widths))
+        levels = range(min(depth, len(self.widths)))
+        return tuple(
+            max(1, expanded(self.widths[:level]) - min(trunk, level - 1)) for level in levels
+        )
+
     def propose(
         self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
     ) -> list[TokenTree]:
