@@ -15,6 +15,7 @@ LAYERS = [
     "rng",
     "tree",
     "shapes",
+    "optimal",
     "stats",
     "backend",
     "sampling",
