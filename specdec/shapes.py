@@ -35,12 +35,6 @@ def expanded(widths: Sequence[int]) -> int:
     return sum(accumulate(widths, mul))
 
 
-def levels_within(widths: Sequence[int], nodes: int) -> int:
-    """How many whole levels of an expansion have at most this many nodes in all."""
-    sizes = accumulate(accumulate(widths, mul))
-    return sum(size <= nodes for size in sizes)
-
-
 Levels = tuple[tuple[int, ...], ...]
 
 

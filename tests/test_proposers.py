@@ -22,6 +22,7 @@ from specdec.proposers import REGISTRY
 from specdec.rng import Noise
 from specdec.runner import SequenceRows
 from specdec.sequence import Sequence
+from specdec.shapes import expansion_parents, rows_per_level
 from specdec.verifier import Verdict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,6 +36,8 @@ NEW = 14
 GREEDY = SamplingParams(max_new_tokens=NEW, temperature=0)
 SAMPLED = SamplingParams(max_new_tokens=NEW, temperature=0.9, top_p=0.95)
 
+# the second child of the root is a leaf, the third has more children than the first
+IRREGULAR = (-1, -1, -1, 0, 2, 2, 3, 3, 4, 8)
 # name -> options that it cannot do without
 REQUIRED: dict[str, dict[str, Any]] = {"tree": {"tree": (3, 2, 1)}}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -42,6 +45,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *(("tree", {"tree": (2, 2, 1), "kind": kind}) for kind in ("iid", "top_k", "coupled")),
     ("tree", {"tree": (1, 1, 2, 1)}),  # a trunk, then branches
     ("tree", {"tree": (1, 1, 1)}),  # a chain
+    *(("tree", {"shape": IRREGULAR, "kind": kind}) for kind in ("auto", "iid", "top_k", "coupled")),
 ]
 each_proposer = pytest.mark.parametrize(
     ("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else str([*v.values()])
@@ -239,7 +243,15 @@ def test_children_are_drawn_from_the_stored_law(tiny_pair: tuple[Model, Model], 
 # --- trees drafted by a model
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 3), (3, 1, 1, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *map(expansion_parents, [(2, 2, 1), (1, 2, 3), (3, 1, 1, 1), (1, 1, 1)]),
+        (-1, -1, -1, 0, 0, 2, 3, 3, 5, 6),  # leaves beside nodes with children
+        (-1, -1, 0, 0, 2, 2, 4),  # nodes with children on one line
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("kind", "params"),
     [("auto", GREEDY), ("auto", SAMPLED), ("coupled", SAMPLED)],
@@ -250,37 +262,54 @@ def test_target_as_its_own_draft_is_accepted_to_the_last_level(
 ) -> None:
     # accepted nodes lie in scattered slots: a draft that read wrong ones would soon disagree
     engine = Watched(
-        target, draft=target, tree=shape, proposer_options={"kind": kind}, kv_memory=KV
-    )
+        target, draft=target, proposer="tree", kv_memory=KV,
+        proposer_options={"shape": shape, "kind": kind},
+    )  # fmt: skip
     params = SamplingParams(60, params.temperature, top_p=params.top_p)
     engine.add_request(PROMPTS[0], params, seed=3)
     accepted = [record.accepted for _ in range(8) for record in engine.step()]
-    assert accepted == [len(shape)] * 8
+    assert accepted == [len(rows_per_level(shape))] * 8
     engine.abort_all()
 
 
-def test_draft_runs_once_per_level(make: Callable[..., Engine]) -> None:
-    engine = make("tree", {"tree": (3, 2, 1)})
+@pytest.mark.parametrize(
+    ("options", "rows", "logits"),
+    [
+        ({"tree": (3, 2, 1)}, [6, 3, 9], [1, 3, 6]),
+        ({"shape": IRREGULAR}, [6, 2, 4, 5], [1, 2, 2, 1]),  # leaves are not computed
+        ({"shape": (-1, -1, 0, 0, 2, 2, 4)}, [6, 1, 1, 1], [1, 1, 1, 1]),  # one line: no branches
+    ],
+    ids=str,
+)
+def test_draft_runs_once_per_level(
+    make: Callable[..., Engine], options: dict[str, Any], rows: list[int], logits: list[int]
+) -> None:
+    engine = make("tree", options)
     assert isinstance(engine.proposer, proposers.DraftTreeProposer)
     runner = engine.proposer.model.runner
+    computed: list[int] = []
     kept: list[int] = []
     score = runner.score
 
-    def counted(rows: Items[SequenceRows]) -> Tensor:
-        kept.append(sum(row.keep for row in rows))
-        return score(rows)
+    def counted(passed: Items[SequenceRows]) -> Tensor:
+        nodes = [0 if row.nodes is None else len(row.nodes) for row in passed]
+        computed.append(sum(nodes) + sum(len(row.tokens) for row in passed))
+        kept.append(sum(row.keep for row in passed))
+        return score(passed)
 
     runner.score = counted  # type: ignore[method-assign]
     engine.add_request(PROMPTS[0], SAMPLED)
     engine.step()
-    assert kept == [1, 3, 6]
+    assert (computed, kept) == (rows, logits)
+    assert engine.proposer.draft_rows(9)[1:] == tuple(rows[1:])
 
 
 @pytest.mark.parametrize("kind", ["without_replacement", "top_k", "coupled"])
+@pytest.mark.parametrize("shape", [expansion_parents((3, 2, 1)), IRREGULAR], ids=str)
 def test_nothing_is_read_back_while_drafting(
-    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: str
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: str, shape: tuple[int, ...]
 ) -> None:
-    engine = make("tree", {"tree": (3, 2, 1), "kind": kind})
+    engine = make("tree", {"shape": shape, "kind": kind})
     engine.add_request(PROMPTS[0], SAMPLED)
     engine.step()
     assert engine.proposer is not None
@@ -292,7 +321,7 @@ def test_nothing_is_read_back_while_drafting(
         monkeypatch.setattr(Tensor, reader, refuse)
     [tree] = engine.proposer.propose(engine.scheduler.running, [15], engine.noise)
     monkeypatch.undo()
-    assert len(tree) == 15
+    assert len(tree) == len(shape)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +382,59 @@ def test_duplicates_of_iid_draws_share_a_node(tiny_pair: tuple[Model, Model]) ->
     draws = [proposal for proposal in tree.proposals if proposal.parent < 0]
     assert len(nodes) < len(draws) == 8
     assert len(tree.proposals) == 8 + 2 * len(nodes)
+
+
+def shape_of(tree: TokenTree) -> tuple[int, ...]:
+    """The tree's shape: parents level by level, siblings in draw order."""
+    children: dict[int, list[int]] = {}
+    for proposal in tree.proposals:
+        its = children.setdefault(proposal.parent, [])
+        if proposal.node not in its:
+            its.append(proposal.node)
+    parents: list[int] = []
+    level = [(-1, -1)]  # number in the tree, number level by level
+    while level:
+        below = []
+        for node, place in level:
+            for child in children.get(node, []):
+                below.append((child, len(parents)))
+                parents.append(place)
+        level = below
+    return tuple(parents)
+
+
+@pytest.mark.parametrize("kind", ["without_replacement", "top_k", "coupled"])
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_tree_has_the_shape_asked_for(
+    make: Callable[..., Engine], kind: str, params: SamplingParams
+) -> None:
+    engine = make("tree", {"shape": IRREGULAR, "kind": kind})
+    assert engine.proposer is not None
+    for budget, nodes in ((99, 10), (10, 10), (9, 9), (8, 6), (6, 6), (5, 3), (3, 3), (2, 0)):
+        engine.abort_all()
+        engine.add_request(PROMPTS[0], params)
+        [tree] = engine.proposer.propose(engine.scheduler.running, [budget], engine.noise)
+        assert shape_of(tree) == IRREGULAR[:nodes]
+
+
+def test_shared_node_takes_the_place_of_its_first_draw(tiny_pair: tuple[Model, Model]) -> None:
+    # places: the first has one child, the second none, the third two
+    target, draft = tiny_pair
+    options = {"shape": (-1, -1, -1, 0, 2, 2), "kind": "iid"}
+    engine = Engine(target, draft=draft, proposer="tree", proposer_options=options, kv_memory=KV)
+    params = SamplingParams(max_new_tokens=9)
+    seen = set()
+    for seed in range(64):
+        name = engine.add_request(PROMPT, params, seed=seed)
+        assert engine.proposer is not None
+        [tree] = engine.proposer.propose(engine.scheduler.running, [6], engine.noise)
+        a, b, c = [proposal.token for proposal in tree.proposals if proposal.parent < 0]
+        below = Counter(tree.tokens[p.parent].item() for p in tree.proposals if p.parent >= 0)
+        wanted = {a: 1} if c in (a, b) else {a: 1, c: 2}
+        assert dict(below) == wanted
+        seen.add((a == b, b == c, a == c))
+        engine.abort(name)
+    assert len(seen) == 5  # every way in which three draws can agree
 
 
 def test_processors_act_along_each_path(target: Model) -> None:
@@ -445,7 +527,9 @@ def test_tree_that_cannot_be_drafted_is_one_line(args: list[str], message: str) 
         ({"tree": (2,), "proposer_options": {"size": 2}}, "'size' is no option of proposer='tree'"),
         ({"tree": (2,), "draft": None}, "proposer='tree' needs draft="),
         ({"tree": (2,), "proposer": "plug-in"}, "expected proposer='tree' or none, got 'plug-in'"),
-        ({"proposer": "tree"}, "proposer='tree' needs proposer_options={'tree': ...}"),
+        ({"proposer": "tree"}, "needs proposer_options={'tree': ...}, or {'shape': ...}"),
+        ({"tree": (2,), "proposer_options": {"shape": (-1,)}}, "expected one of them"),
+        ({"proposer": "tree", "proposer_options": {"shape": (0,)}}, r"shape\[0\]=0: expected -1"),
         ({"proposer": "nobody"}, f"expected one of .*{', '.join(sorted(REGISTRY))}"),
         ({"draft": None, "proposer_options": {"tree": 3}}, "expected none here"),
     ],

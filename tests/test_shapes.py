@@ -12,7 +12,6 @@ from specdec.shapes import (
     expanded,
     expansion,
     expansion_parents,
-    levels_within,
     rows_per_level,
     shape_parents,
     within_depth,
@@ -49,13 +48,6 @@ def test_expansion_takes_any_list_of_numbers() -> None:
 def test_what_is_no_expansion_is_refused(tree: Any, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         expansion(tree)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "levels"), [(0, 0), (2, 0), (3, 1), (8, 1), (9, 2), (14, 2), (15, 3), (99, 3)]
-)
-def test_whole_levels_that_fit_into_a_budget(nodes: int, levels: int) -> None:
-    assert levels_within((3, 2, 1), nodes) == levels
 
 
 def test_shape_of_an_expansion() -> None:
