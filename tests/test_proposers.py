@@ -273,7 +273,7 @@ def test_target_as_its_own_draft_is_accepted_to_the_last_level(
 
 
 @pytest.mark.parametrize(
-    ("options", "rows", "logits"),
+    ("options", "wanted", "logits"),
     [
         ({"tree": (3, 2, 1)}, [6, 3, 9], [1, 3, 6]),
         ({"shape": IRREGULAR}, [6, 2, 4, 5], [1, 2, 2, 1]),  # leaves are not computed
@@ -282,7 +282,7 @@ def test_target_as_its_own_draft_is_accepted_to_the_last_level(
     ids=str,
 )
 def test_draft_runs_once_per_level(
-    make: Callable[..., Engine], options: dict[str, Any], rows: list[int], logits: list[int]
+    make: Callable[..., Engine], options: dict[str, Any], wanted: list[int], logits: list[int]
 ) -> None:
     engine = make("tree", options)
     assert isinstance(engine.proposer, proposers.DraftTreeProposer)
@@ -291,17 +291,17 @@ def test_draft_runs_once_per_level(
     kept: list[int] = []
     score = runner.score
 
-    def counted(passed: Items[SequenceRows]) -> Tensor:
-        nodes = [0 if row.nodes is None else len(row.nodes) for row in passed]
-        computed.append(sum(nodes) + sum(len(row.tokens) for row in passed))
-        kept.append(sum(row.keep for row in passed))
-        return score(passed)
+    def counted(rows: Items[SequenceRows]) -> Tensor:
+        nodes = [0 if row.nodes is None else len(row.nodes) for row in rows]
+        computed.append(sum(nodes) + sum(len(row.tokens) for row in rows))
+        kept.append(sum(row.keep for row in rows))
+        return score(rows)
 
     runner.score = counted  # type: ignore[method-assign]
     engine.add_request(PROMPTS[0], SAMPLED)
     engine.step()
-    assert (computed, kept) == (rows, logits)
-    assert engine.proposer.draft_rows(9)[1:] == tuple(rows[1:])
+    assert (computed, kept) == (wanted, logits)
+    assert engine.proposer.draft_rows(9)[1:] == tuple(wanted[1:])
 
 
 @pytest.mark.parametrize("kind", ["without_replacement", "top_k", "coupled"])
