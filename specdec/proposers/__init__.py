@@ -10,6 +10,7 @@ from typing import Any
 from specdec.errors import InvalidArgumentError
 from specdec.proposers.base import Proposer
 from specdec.proposers.draft import DraftModelProposer
+from specdec.proposers.lookahead import LookaheadProposer
 from specdec.proposers.ngram import NgramProposer
 from specdec.proposers.suffix import SuffixProposer
 from specdec.proposers.tree import DraftTreeProposer
@@ -18,6 +19,7 @@ from specdec.runner import Runner
 _BUILT_IN: tuple[type[Proposer], ...] = (
     DraftModelProposer,
     DraftTreeProposer,
+    LookaheadProposer,
     NgramProposer,
     SuffixProposer,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "REGISTRY",
     "DraftModelProposer",
     "DraftTreeProposer",
+    "LookaheadProposer",
     "NgramProposer",
     "Proposer",
     "SuffixProposer",
