@@ -65,7 +65,7 @@ class Engine:
         num_draft_tokens: int | Literal["auto"] = "auto",
         tree: Items[int] | None = None,
         policy: str = "auto",
-        draft_window: None = None,
+        draft_window: int | None = None,
         lossy: bool = False,
         kv_memory: int | None = None,
         release_weights: bool = False,
@@ -73,7 +73,6 @@ class Engine:
         grow: bool = False,
         noise: Noise | None = None,
     ) -> None:
-        _refuse_unbuilt(draft_window=draft_window)
         if not lossy and verification in RULES and not RULES[verification].lossless:
             raise InvalidArgumentError(
                 f"verification={verification!r} changes what the target says; pass lossy=True "
@@ -83,11 +82,13 @@ class Engine:
         options = dict(proposer_options or {})
         if tree is not None:
             proposer = _tree_proposer(proposer, tree, num_draft_tokens, verification, options)
-        self.proposer = _make_proposer(proposer, draft, self.target, options)
+        self.proposer = _make_proposer(proposer, draft, self.target, options, draft_window)
         # a draft with side branches fills more slots than it can add tokens
         self._spare_slots = (self.proposer and self.proposer.preferred_nodes) or 0
         if num_draft_tokens == "auto" and self._spare_slots:
             num_draft_tokens = self._spare_slots
+        if draft_window is not None and isinstance(num_draft_tokens, int):
+            _check_window(draft_window, num_draft_tokens)
         self.policy = make_policy(policy, num_draft_tokens)
         self.noise = noise or PhiloxNoise()
         budget = _DEFAULT_KV_BYTES if kv_memory is None else kv_memory
@@ -98,16 +99,30 @@ class Engine:
         self.verifier = Verifier(self.target, self.group, rule, drafts=self.proposer is not None)
         if self.proposer is not None:
             self.proposer.join(self.group, self.target.vocab_size)
-        slot_bytes = sum(memory.slot_bytes for memory in self.group.memory.values()) or 1
-        self.group.max_pages = pages_for_memory(budget, PAGE_SIZE, slot_bytes)
-        if not grow:
-            self.group.allocate(self.group.max_pages)
+        # As many pages for each group: no draft needs more of them than its target, so that it is
+        # never the draft's that run out.
+        memories = [memory for group in self.groups for memory in group.memory.values()]
+        slot_bytes = sum(memory.slot_bytes for memory in memories) or 1
+        for group in self.groups:
+            group.max_pages = pages_for_memory(budget, PAGE_SIZE, slot_bytes)
+            if not grow:
+                group.allocate(group.max_pages)
         if release_weights and isinstance(self.target, ModelRunner):
             self.target.release_weights()
         self.scheduler = Scheduler()
         self.stats = RunStats(lossless=verification == "auto" or RULES[verification].lossless)
         self._requests = 0
         self._finished: list[Sequence] = []
+
+    @property
+    def groups(self) -> tuple[CacheGroup, ...]:
+        """Every cache group: the target's, then those that drafts have to themselves."""
+        return (self.group, *(self.proposer.groups if self.proposer is not None else ()))
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless every cache group is in order."""
+        for group in self.groups:
+            group.check_integrity()
 
     @property
     def max_positions(self) -> int | None:
@@ -188,7 +203,11 @@ class Engine:
         sequence.stats.slow_processors = law.slow_processors
         self.scheduler.admit(sequence)
         if self.proposer is not None:
-            self.proposer.start(sequence)
+            try:
+                self.proposer.start(sequence)
+            except BaseException:
+                self._withdraw(sequence)
+                raise
         return sequence
 
     def check_prompt(self, prompt: list[int]) -> None:
@@ -227,7 +246,8 @@ class Engine:
     def _is_light(self, sequences: list[Sequence]) -> bool:
         """Whether nothing in the coming step is worth a second thread: few rows, and every runner
         on compiled kernels, which have one."""
-        if any(getattr(runner, "uses_threads", True) for runner in self.group.memory):
+        runners = (runner for group in self.groups for runner in group.memory)
+        if any(getattr(runner, "uses_threads", True) for runner in runners):
             return False
         pending = sum(len(s.tokens) - s.cache.computed_len(self.target) for s in sequences)
         return pending <= _LIGHT_ROWS and pending * self.target.vocab_size <= _LIGHT_LOGITS
@@ -293,7 +313,7 @@ class Engine:
 
     def refresh(self) -> None:
         """Packs the weights of target and draft anew if they were changed; cheap otherwise."""
-        for runner in self.group.memory:
+        for runner in [runner for group in self.groups for runner in group.memory]:
             if isinstance(runner, ModelRunner):
                 runner.refresh()
 
@@ -349,17 +369,27 @@ def fresh_seed() -> int:
     return int(high) << 32 | int(low)
 
 
-def _refuse_unbuilt(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if value:
-            raise InvalidArgumentError(f"{name}={value!r} is not supported yet: expected None")
-
-
-def _runner(model: Any) -> Runner:
+def _runner(model: Any, window: int | None = None) -> Runner:
     if isinstance(model, PreTrainedModel) or not hasattr(model, "score"):
-        return ModelRunner(model)
+        return ModelRunner(model, window)
+    if window is not None:
+        raise InvalidArgumentError(
+            f"draft_window={window}: expected a transformers model as draft, got "
+            f"{type(model).__name__}"
+        )
     runner: Runner = model
     return runner
+
+
+def _check_window(window: Any, nodes: int) -> None:
+    if not isinstance(window, int) or isinstance(window, bool) or window < PAGE_SIZE:
+        raise InvalidArgumentError(
+            f"draft_window={window!r}: expected a whole number of tokens from {PAGE_SIZE} on"
+        )
+    if nodes > window:
+        raise InvalidArgumentError(
+            f"draft_window={window}: expected at least the {nodes} tokens that a step drafts"
+        )
 
 
 def _tree_proposer(
@@ -384,8 +414,15 @@ def _tree_proposer(
 
 
 def _make_proposer(
-    proposer: str | Proposer | None, draft: Any, target: Runner, options: dict[str, Any]
-) -> Proposer | None:
+    proposer: str | Proposer | None, draft: Any, target: Runner, options: dict[str, Any],
+    window: int | None,
+) -> Proposer | None:  # fmt: skip
+    if window is not None:
+        _check_window(window, 0)
+        if draft is None:
+            raise InvalidArgumentError(
+                f"draft_window={window}: expected draft=<a small model> to go with it"
+            )
     if isinstance(proposer, Proposer):
         if draft is not None:
             raise InvalidArgumentError("pass either draft or a Proposer object, not both")
@@ -396,7 +433,7 @@ def _make_proposer(
         draft = draft[0]
     if proposer is None and draft is None:
         return _without_options(None, options)
-    runner = None if draft is None else _draft_runner(draft, target)
+    runner = None if draft is None else _draft_runner(draft, target, window)
     return proposers.make(proposer or DraftModelProposer.name, runner, options)
 
 
@@ -409,8 +446,8 @@ def _without_options(proposer: Proposer | None, options: dict[str, Any]) -> Prop
     return proposer
 
 
-def _draft_runner(draft: Any, target: Runner) -> Runner:
-    runner = _runner(draft)
+def _draft_runner(draft: Any, target: Runner, window: int | None) -> Runner:
+    runner = _runner(draft, window)
     if runner.device != target.device:
         raise InvalidArgumentError(
             f"draft: it is on {runner.device}, the target on {target.device}; move one of them"

@@ -378,6 +378,8 @@ def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
     verification: "auto" or a name in specdec.acceptance.RULES.
     num_draft_tokens: tokens drafted per step, or "auto"; of a tree its whole levels that fit.
     policy: "auto" or "constant".
+    draft_window: the draft looks at so many tokens back, and at the first few, in a cache of its
+        own that grows no further; the target always sees everything. At least 16.
     lossy: must be True for a rule that changes the law.
     proposer_options: keywords of the proposer that a name or a draft makes. For a draft model
         temperature, top_k, top_p, min_p: what the draft samples with where it differs from the

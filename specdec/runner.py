@@ -53,13 +53,25 @@ class Runner(Protocol):
 class ModelRunner:
     """A transformers causal LM. Its forward is proved against the model's own when it is made."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raises UnsupportedModelError for a class that cannot be run on packed rows."""
+    def __init__(self, model: PreTrainedModel, window: int | None = None) -> None:
+        """Raises UnsupportedModelError for a class that cannot be run on packed rows.
+
+        window: as a draft it looks at so many positions back (and at the first few), so that its
+        cache need not hold more. Raises InvalidArgumentError for a model whose layers have windows
+        of their own: those count positions, of which the cache would miss some.
+        """
         check_supported(model)
+        self.window = window
         self.model = model
         self.device = model.device
         self.max_positions = _exact_context(model)
         self._prepared = _prepare(self.model, self.max_positions)
+        if window is not None and self._prepared.windows:
+            sizes = ", ".join(str(size) for size in sorted(self._prepared.windows))
+            raise InvalidArgumentError(
+                f"draft_window={window}: layers of {type(model).__name__} have windows of their "
+                f"own ({sizes} positions); leave draft_window out"
+            )
         self.vocab_size: int = self._prepared.vocab_size
         self._memory: Paged | None = None
         self._positions = torch.arange(self.max_positions or 65536, device=self.device)
@@ -125,7 +137,7 @@ class ModelRunner:
             Step(self._memory, segments, self._prepared.windows),
         )
         for row, segment in zip(rows, segments, strict=True):
-            row.cache.computed[self] = segment.context + segment.rows
+            row.cache.computed[self] = row.cache.computed_len(self) + segment.rows
         # the CPU's bfloat16 argmax and softmax take four times as long
         return logits.float() if logits.device.type == "cpu" else logits
 
@@ -133,21 +145,22 @@ class ModelRunner:
         return torch.tensor(numbers, dtype=torch.long, device=self.device)
 
     def _lay_out(self, row: SequenceRows) -> tuple[Segment, Tensor, Tensor]:
-        context = row.cache.computed_len(self)
+        first = row.cache.computed_len(self)
+        context = first - row.cache.dropped
         chain = len(row.tokens)
         if row.nodes is None or row.nodes.shape[0] == 0:
             ids = self._ids(row.tokens)
             segment = Segment(chain, context, row.cache.table)
-            return segment, ids, self._positions[context : context + chain]
+            return segment, ids, self._positions[first : first + chain]
         count = chain + row.nodes.shape[0]
         ids = row.nodes
         if chain:
             ids = torch.cat((self._ids(row.tokens), ids))
         if row.parents is None:
             segment = Segment(count, context, row.cache.table)
-            return segment, ids, self._positions[context : context + count]
+            return segment, ids, self._positions[first : first + count]
         mask, depths = _tree_mask(chain, tuple(row.parents), self.device)
-        positions = self._positions[context + depths]
+        positions = self._positions[first + depths]
         return Segment(count, context, row.cache.table, mask, positions), ids, positions
 
 

@@ -14,7 +14,8 @@ from specdec.acceptance import batched
 from specdec.cache import CachedSequence, CacheGroup
 from specdec.evals.audit import TOLERANCE, Coins, EnumeratedNoise, emitted_law, target_law
 from specdec.evals.enumeration import Comparison
-from specdec.proposers import REGISTRY, DraftModelProposer, DraftTreeProposer
+from specdec.proposers import REGISTRY, DraftModelProposer
+from specdec.proposers.model import DraftModel
 from specdec.rng import Noise, StepNoise
 from specdec.sequence import Sequence
 from specdec.toy import TableRunner, random_table
@@ -151,9 +152,9 @@ def test_one_coin_for_all_siblings_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_siblings_in_another_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    largest = DraftTreeProposer._largest
+    largest = DraftModel.largest
     monkeypatch.setattr(
-        DraftTreeProposer, "_largest",
+        DraftModel, "largest",
         lambda self, scores, width: largest(self, scores, width).sort(-1).values,
     )  # fmt: skip
     assert audited("tree", OPTIONS["tree"]).error > 1e-2

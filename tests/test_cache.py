@@ -494,3 +494,57 @@ def test_random_operations_keep_pages_and_contents_intact(seed: int) -> None:
             for shadow in shadows:
                 shadow.check()
     assert refused > 0, "the limit was never reached"
+
+
+# Pages dropped from the middle.
+
+
+def test_dropped_pages_go_behind_the_others_and_lower_the_slots() -> None:
+    group = CacheGroup(PAGE, 64, CPU)
+    group.add_model("model", SHAPES)
+    sequence = group.open(20, sinks=3)
+    assert (sequence.sinks, sequence.table.pages) == (4, [0, 1, 2, 3, 4])
+    sequence.computed["model"] = 19
+    group.drop(sequence, 7)  # no whole page lies between the sinks and position 7
+    assert sequence.dropped == 0
+    group.drop(sequence, 13)
+    assert (sequence.dropped, sequence.table.pages) == (8, [0, 3, 4, 1, 2])
+    assert not sequence.table.contiguous
+    assert [sequence.slot(position) for position in (0, 3, 12, 18)] == [0, 3, 4, 10]
+    assert sequence.computed_len("model") == 19
+    group.check_integrity()
+    group.drop(sequence, 13)  # dropped already
+    assert sequence.dropped == 8
+
+
+def test_commit_behind_dropped_pages_moves_what_it_should() -> None:
+    group = CacheGroup(PAGE, 64, CPU)
+    memory = group.add_model("model", SHAPES)
+    sequence = group.open(16, sinks=4)
+    sequence.computed["model"] = 12
+    group.drop(sequence, 8)
+    sequence.computed["model"] = 16  # four nodes behind twelve positions
+    numbers = torch.arange(16.0)
+    slots = [sequence.table.flat(slot) for slot in range(12)]
+    memory.flat_keys[0][slots] = numbers[:12].view(12, 1, 1).expand(12, 2, 3)
+    group.commit(sequence, 12, [13, 15])
+    assert sequence.computed_len("model") == 14
+    # position 12 is slot 8: nodes 13 and 15 were slots 9 and 11
+    moved = memory.flat_keys[0][slots][:, 0, 0].tolist()
+    assert moved == [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("length", "left", "dropped"), [(13, 13, 8), (12, 12, 8), (11, 4, 0), (2, 2, 0)]
+)
+def test_truncating_into_what_was_dropped_leaves_the_sinks(
+    length: int, left: int, dropped: int
+) -> None:
+    group = CacheGroup(PAGE, 64, CPU)
+    group.add_model("model", SHAPES)
+    sequence = group.open(20, sinks=4)
+    sequence.computed["model"] = 19
+    group.drop(sequence, 12)
+    group.truncate(sequence, length)
+    assert (sequence.computed_len("model"), sequence.dropped) == (left, dropped)
+    group.check_integrity()

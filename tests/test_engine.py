@@ -492,7 +492,7 @@ def test_engine_s_sums_are_those_of_its_requests(make: Callable[..., Engine]) ->
     ("options", "message"),
     [
         ({"tree": "auto"}, "tree='auto'"),
-        ({"draft_window": 4}, "draft_window=4"),
+        ({"draft_window": 4}, "draft_window=4: expected a whole number of tokens from 16 on"),
         ({"proposer_options": {"n": 3}}, "proposer_options="),
         ({"policy": "clever"}, "policy='clever': expected 'auto' or 'constant'"),
         ({"num_draft_tokens": -1}, "num_draft_tokens=-1: expected 0 or more"),

@@ -19,6 +19,7 @@ from specdec import Engine, Proposer, SamplingParams, TokenTree, proposers
 from specdec.cli.main import main
 from specdec.errors import InvalidArgumentError
 from specdec.proposers import REGISTRY
+from specdec.proposers.model import DraftModel
 from specdec.rng import Noise
 from specdec.runner import SequenceRows
 from specdec.sequence import Sequence
@@ -57,7 +58,7 @@ class Watched(Engine):
 
     def step(self) -> list[specdec.StepRecord]:
         records = super().step()
-        self.group.check_integrity()
+        self.check_integrity()
         return records
 
 
@@ -82,7 +83,7 @@ def texts(
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     found = {out.id: out.token_ids for out in engine}
-    assert engine.group.used == 0
+    assert all(group.used == 0 for group in engine.groups)
     return [found[name] for name in ids]
 
 
@@ -205,9 +206,9 @@ def test_siblings_in_another_order_are_caught(
     tiny_pair: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, draft = tiny_pair
-    largest = proposers.DraftTreeProposer._largest
+    largest = DraftModel.largest
     monkeypatch.setattr(
-        proposers.DraftTreeProposer, "_largest",
+        DraftModel, "largest",
         lambda self, scores, width: largest(self, scores, width).sort(-1).values,
     )  # fmt: skip
     found, bound = distance(target, specdec.wrap(target, draft=draft, tree=(4, 2)))

@@ -68,13 +68,23 @@ class Paged:
 
 @dataclass(slots=True)
 class CachedSequence:
-    """What the cache knows of one sequence: its pages, and how far each model has filled them."""
+    """What the cache knows of one sequence: its pages, and how far each model has filled them.
+
+    Lengths are counted in positions. Slots are positions too, until pages are dropped from the
+    middle: those behind the sinks then stand `dropped` slots lower.
+    """
 
     table: BlockTable
-    computed: dict[Hashable, int] = field(default_factory=dict)  # model -> slots filled
+    computed: dict[Hashable, int] = field(default_factory=dict)  # model -> positions filled
+    sinks: int = 0  # leading positions, whole pages, that are never dropped
+    dropped: int = 0  # positions behind the sinks, whole pages, that were
 
     def computed_len(self, model: Hashable) -> int:
         return self.computed.get(model, 0)
+
+    def slot(self, position: int) -> int:
+        """Where a position is kept that was not dropped."""
+        return position if position < self.sinks else position - self.dropped
 
 
 class CacheGroup:
@@ -96,13 +106,17 @@ class CacheGroup:
         self.memory[model] = memory
         return memory
 
-    def open(self, slots: int) -> CachedSequence:
-        """A new sequence with room for this many slots, grown on demand up to max_slots."""
+    def open(self, slots: int, sinks: int = 0) -> CachedSequence:
+        """A new sequence with room for this many slots, grown on demand up to max_slots.
+
+        sinks: leading positions, rounded up to pages, that drop() leaves alone.
+        """
         count = -(-slots // self.pool.page_size)
         missing = count - self.pool.num_free
         if missing > 0:
             self.allocate(min(self.max_pages, max(self.pool.num_pages * 2, missing + self.used)))
-        sequence = CachedSequence(BlockTable(self.pool.page_size))
+        page = self.pool.page_size
+        sequence = CachedSequence(BlockTable(page), sinks=-(-sinks // page) * page)
         sequence.table.extend(self.pool.allocate(count))
         self._sequences.append(sequence)
         return sequence
@@ -131,28 +145,49 @@ class CacheGroup:
         """Keeps what is in the given slots, in this order, as slots length, length + 1, ...
 
         A model that has filled only the first of them keeps those. Nothing is copied where the
-        slots already stand where they belong, as those of every chain do.
+        slots already stand where they belong, as those of every chain do. Slots are counted as
+        positions here: as if nothing had been dropped.
         """
         for model, computed in sequence.computed.items():
             if computed <= length:
                 continue
             kept = next((i for i, slot in enumerate(slots) if slot >= computed), len(slots))
             if any(slot != length + index for index, slot in enumerate(slots[:kept])):
-                self._move(model, sequence.table, slots[:kept], length)
+                self._move(model, sequence, slots[:kept], length)
             sequence.computed[model] = length + kept
 
-    def _move(self, model: Hashable, table: BlockTable, slots: Sequence[int], length: int) -> None:
-        sources = [table.flat(slot) for slot in slots]
-        destinations = [table.flat(length + index) for index in range(len(slots))]
+    def _move(
+        self, model: Hashable, sequence: CachedSequence, slots: Sequence[int], length: int
+    ) -> None:
+        flat, slot = sequence.table.flat, sequence.slot
+        sources = [flat(slot(source)) for source in slots]
+        destinations = [flat(slot(length + index)) for index in range(len(slots))]
         self.memory[model].move(
             torch.tensor(sources, device=self.device),
             torch.tensor(destinations, device=self.device),
         )
 
     def truncate(self, sequence: CachedSequence, length: int) -> None:
-        """Forgets every slot from length on, for every model."""
+        """Forgets every position from length on, for every model.
+
+        Where the position before was dropped, all but the sinks is forgotten.
+        """
+        if sequence.dropped and length < sequence.sinks + sequence.dropped:
+            length, sequence.dropped = min(length, sequence.sinks), 0
         for model, computed in sequence.computed.items():
             sequence.computed[model] = min(computed, length)
+
+    def drop(self, sequence: CachedSequence, first: int) -> None:
+        """Forgets the positions between the sinks and the first one given, whole pages only.
+
+        Their pages serve the same sequence again, so that it holds no more than it reserved. Every
+        model must have filled the positions up to the first.
+        """
+        page = self.pool.page_size
+        count = (first - sequence.sinks - sequence.dropped) // page
+        if count > 0:
+            sequence.table.recycle(sequence.sinks // page, count)
+            sequence.dropped += count * page
 
     def close(self, sequence: CachedSequence) -> None:
         """Gives the pages back."""
@@ -164,7 +199,9 @@ class CacheGroup:
         self.pool.check_integrity([sequence.table for sequence in self._sequences])
         for sequence in self._sequences:
             longest = max(sequence.computed.values(), default=0)
-            assert longest <= sequence.table.capacity, "more slots filled than reserved"
+            held = longest - sequence.dropped
+            assert held <= sequence.table.capacity, "more slots filled than reserved"
+            assert sequence.dropped == 0 or held >= sequence.sinks, "more dropped than filled"
             pages = sequence.table.pages
             runs = all(b == a + 1 for a, b in pairwise(pages))
             assert runs == sequence.table.contiguous, "the contiguous flag is stale"

@@ -3,6 +3,7 @@
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from specdec.errors import CacheFullError
 
@@ -89,6 +90,12 @@ class BlockTable:
             if self.pages and page != self.pages[-1] + 1:
                 self.contiguous = False
             self.pages.append(page)
+
+    def recycle(self, first: int, count: int) -> None:
+        """Puts count pages, from the first on, behind all others: what they held is forgotten."""
+        dropped = self.pages[first : first + count]
+        self.pages = [*self.pages[:first], *self.pages[first + count :], *dropped]
+        self.contiguous = all(b == a + 1 for a, b in pairwise(self.pages))
 
     @property
     def capacity(self) -> int:

@@ -29,6 +29,11 @@ class Proposer(ABC):
         del group, vocab_size
 
     @property
+    def groups(self) -> tuple[CacheGroup, ...]:
+        """Cache groups of its own, once it has joined; the engine says how large they may get."""
+        return ()
+
+    @property
     def max_positions(self) -> int | None:
         """Longest context that can be drafted from; None: unbounded."""
         return None

@@ -15,6 +15,7 @@ from specdec.runner import Runner, SequenceRows
 from specdec.sampling import Law, Paths, Prefix
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
+from specdec.verifier import Verdict
 
 
 class DraftModelProposer(Proposer):
@@ -38,6 +39,19 @@ class DraftModelProposer(Proposer):
 
     def join(self, group: CacheGroup, vocab_size: int) -> None:
         self.model.join(group, vocab_size)
+
+    @property
+    def groups(self) -> tuple[CacheGroup, ...]:
+        return self.model.groups
+
+    def start(self, sequence: Sequence) -> None:
+        self.model.start(sequence)
+
+    def observe(self, sequences: Items[Sequence], verdicts: Items[Verdict]) -> None:
+        self.model.observe(sequences, verdicts)
+
+    def finish(self, sequence: Sequence) -> None:
+        self.model.finish(sequence)
 
     @property
     def max_positions(self) -> int | None:
@@ -89,7 +103,8 @@ class DraftModelProposer(Proposer):
             if drafted is None:
                 rows.append(self.model.pending(sequences[i]))
             else:
-                rows.append(SequenceRows(sequences[i].cache, (), drafted[row : row + 1], keep=1))
+                cache = self.model.cache(sequences[i])
+                rows.append(SequenceRows(cache, (), drafted[row : row + 1], keep=1))
         return self.model.score(rows)
 
     def _pick(

@@ -29,6 +29,7 @@ from specdec.shapes import (
     within_depth,
 )
 from specdec.tree import Kind, Law as DrawLaw, TokenTree
+from specdec.verifier import Verdict
 
 TreeKind = Literal["without_replacement", "iid", "top_k", "coupled"]
 # Mass that is spread over the vocabulary where a law has fewer tokens than a node has children.
@@ -75,11 +76,22 @@ class DraftTreeProposer(Proposer):
         self.kind = "without_replacement" if kind == "auto" else kind
         self.model = DraftModel(runner, processors, temperature, top_k, top_p, min_p)
         self.law = "coupled" if kind == "coupled" else "point" if kind == "top_k" else "sampled"
-        self._group: CacheGroup | None = None
 
     def join(self, group: CacheGroup, vocab_size: int) -> None:
-        self._group = group
         self.model.join(group, vocab_size)
+
+    @property
+    def groups(self) -> tuple[CacheGroup, ...]:
+        return self.model.groups
+
+    def start(self, sequence: Sequence) -> None:
+        self.model.start(sequence)
+
+    def observe(self, sequences: Items[Sequence], verdicts: Items[Verdict]) -> None:
+        self.model.observe(sequences, verdicts)
+
+    def finish(self, sequence: Sequence) -> None:
+        self.model.finish(sequence)
 
     @property
     def max_positions(self) -> int | None:
@@ -127,12 +139,12 @@ class DraftTreeProposer(Proposer):
         sequence = sprout.sequence
         if not sprout.depth:
             return self.model.pending(sequence)
-        assert self._group is not None
         trunk = sprout.trunk
-        self._group.truncate(sequence.cache, len(sequence.tokens) + trunk)
+        self.model.cut(sequence, trunk)
         nodes = torch.cat(sprout.tokens)[trunk:]
         parents = [parent - trunk if parent >= trunk else -1 for parent in sprout.parents[trunk:]]
-        return SequenceRows(sequence.cache, (), nodes, parents, keep=len(sprout.frontier))
+        cache = self.model.cache(sequence)
+        return SequenceRows(cache, (), nodes, parents, keep=len(sprout.frontier))
 
     def _grow(self, sprouts: list["_Sprout"], law: Law, logits: Tensor, noise: Noise) -> None:
         """Gives every node of the frontiers, logits (n, V), its children: as many draws as the
@@ -141,7 +153,7 @@ class DraftTreeProposer(Proposer):
         counts = [len(sprout.frontier) for sprout in sprouts]
         width = max(spot.children for sprout in sprouts for spot in sprout.frontier)
         if law.greedy or self.kind == "top_k":
-            tokens = self._largest(law.scores(logits, paths), width)
+            tokens = self.model.largest(law.scores(logits, paths), width)
             for sprout, its_tokens in zip(sprouts, tokens.split(counts), strict=True):
                 sprout.add(its_tokens, "point", None)
             return
@@ -151,7 +163,7 @@ class DraftTreeProposer(Proposer):
             seeds = [sprout.sequence.seed for sprout in sprouts]
             shared = noise.gumbel(seeds, where, q.shape[1], q.device)
             each = torch.cat([shared[i : i + 1].expand(n, -1) for i, n in enumerate(counts)])
-            tokens = self._largest(q.log().add_(each), width)
+            tokens = self.model.largest(q.log().add_(each), width)
             for sprout, its_tokens in zip(sprouts, tokens.split(counts), strict=True):
                 sprout.add(its_tokens, "point", None)
             return
@@ -170,7 +182,7 @@ class DraftTreeProposer(Proposer):
             [len(sprout.sequence.tokens) for sprout, _ in rows],
             [row for _, row in rows], q.shape[1], q.device,
         )  # fmt: skip
-        tokens = self._largest(gumbel.add_(q.log()), width)
+        tokens = self.model.largest(gumbel.add_(q.log()), width)
         counts = [len(sprout.frontier) for sprout in sprouts]
         for sprout, its_tokens, its_q in zip(
             sprouts, tokens.split(counts), q.split(counts), strict=True
@@ -195,18 +207,11 @@ class DraftTreeProposer(Proposer):
             sprout.add(its_tokens, "iid", its_q, values[first : first + count])
             first += count
 
-    def _largest(self, scores: Tensor, width: int) -> Tensor:
-        """(n, V) -> (n, width) tokens of the largest scores, falling, that both models have."""
-        return scores[:, : self.model.known_tokens].topk(width, dim=-1).indices
-
     def _with_enough_tokens(self, q: Tensor, sprouts: Items["_Sprout"]) -> Tensor:
         """q (n, V), with a floor under the rows that have fewer tokens than children."""
-        known = self.model.known_tokens
         wanted = tuple(spot.children for sprout in sprouts for spot in sprout.frontier)
         few = (q > 0).sum(-1, keepdim=True) < _numbers(wanted, q.device)[:, None]
-        floor = torch.full_like(q, _FLOOR / known)
-        floor[:, known:] = 0
-        return torch.where(few, q * (1 - _FLOOR) + floor, q)
+        return torch.where(few, q * (1 - _FLOOR) + self.model.uniform(q) * _FLOOR, q)
 
 
 @dataclass(frozen=True, slots=True)
