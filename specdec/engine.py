@@ -14,7 +14,8 @@ from specdec.acceptance import RULES
 from specdec.cache import CacheGroup, pages_for_memory
 from specdec.errors import InvalidArgumentError
 from specdec.forward import one_thread
-from specdec.policy import make_policy
+from specdec.policy import Policy, make_policy
+from specdec.profiling import Profiler
 from specdec.proposers import DraftModelProposer, DraftTreeProposer, Proposer
 from specdec.rng import Noise, PhiloxNoise, derive_seed
 from specdec.runner import ModelRunner, Runner
@@ -31,6 +32,8 @@ PAGE_SIZE = 16
 MAX_PADDING_ROWS = 1024
 # The rules that need or gain most from one way of drafting trees.
 _TREE_KINDS = {"gumbel": "coupled", "kseq": "iid"}
+# Options of a proposer that say what shape is drafted: like a number, they are kept to.
+_NAMED_SHAPES = {"tree", "shape"}
 # Up to here torch's operators around the compiled kernels are too small for a second thread.
 _LIGHT_ROWS, _LIGHT_LOGITS = 32, 1 << 19
 _DEFAULT_KV_BYTES = 2 << 30
@@ -64,7 +67,7 @@ class Engine:
         verification: str = "auto",
         num_draft_tokens: int | Literal["auto"] = "auto",
         tree: Items[int] | None = None,
-        policy: str = "auto",
+        policy: str | Policy = "auto",
         draft_window: int | None = None,
         lossy: bool = False,
         kv_memory: int | None = None,
@@ -85,13 +88,13 @@ class Engine:
         self.proposer = _make_proposer(proposer, draft, self.target, options, draft_window)
         # a draft with side branches fills more slots than it can add tokens
         self._spare_slots = (self.proposer and self.proposer.preferred_nodes) or 0
-        if num_draft_tokens == "auto" and self._spare_slots:
+        has_shape = policy == "auto" and not _NAMED_SHAPES.isdisjoint(options)
+        if (policy == "constant" or has_shape) and num_draft_tokens == "auto" and self._spare_slots:
             num_draft_tokens = self._spare_slots
         if draft_window is not None and isinstance(num_draft_tokens, int):
             _check_window(draft_window, num_draft_tokens)
         self.policy = make_policy(policy, num_draft_tokens)
         self.noise = noise or PhiloxNoise()
-        budget = _DEFAULT_KV_BYTES if kv_memory is None else kv_memory
         self.group = CacheGroup(PAGE_SIZE, 0, self.target.device)
         rule = verification
         if rule == "auto" and self.proposer is not None and self.proposer.law == "coupled":
@@ -99,20 +102,27 @@ class Engine:
         self.verifier = Verifier(self.target, self.group, rule, drafts=self.proposer is not None)
         if self.proposer is not None:
             self.proposer.join(self.group, self.target.vocab_size)
-        # As many pages for each group: no draft needs more of them than its target, so that it is
-        # never the draft's that run out.
-        memories = [memory for group in self.groups for memory in group.memory.values()]
-        slot_bytes = sum(memory.slot_bytes for memory in memories) or 1
-        for group in self.groups:
-            group.max_pages = pages_for_memory(budget, PAGE_SIZE, slot_bytes)
-            if not grow:
-                group.allocate(group.max_pages)
+            # measured costs of a proposer object are not kept: nobody knows its options
+            named = "" if isinstance(proposer, Proposer) else repr((draft_window, options))
+            measure = Profiler(self.verifier, self.proposer, self.groups, self.noise, named)
+            self.policy.join(self.proposer, measure)
+        self._divide_memory(_DEFAULT_KV_BYTES if kv_memory is None else kv_memory, grow)
         if release_weights and isinstance(self.target, ModelRunner):
             self.target.release_weights()
         self.scheduler = Scheduler()
         self.stats = RunStats(lossless=verification == "auto" or RULES[verification].lossless)
         self._requests = 0
         self._finished: list[Sequence] = []
+
+    def _divide_memory(self, kv_memory: int, grow: bool) -> None:
+        """As many pages for each group: no draft needs more of them than its target, so that it is
+        never the draft's that run out."""
+        memories = [memory for group in self.groups for memory in group.memory.values()]
+        slot_bytes = sum(memory.slot_bytes for memory in memories) or 1
+        for group in self.groups:
+            group.max_pages = pages_for_memory(kv_memory, PAGE_SIZE, slot_bytes)
+            if not grow:
+                group.allocate(group.max_pages)
 
     @property
     def groups(self) -> tuple[CacheGroup, ...]:
@@ -253,12 +263,15 @@ class Engine:
         return pending <= _LIGHT_ROWS and pending * self.target.vocab_size <= _LIGHT_LOGITS
 
     def _advance(self, sequences: list[Sequence]) -> list[StepRecord]:
+        if self.proposer is not None:
+            self.policy.prepare(sequences)
         began = time.perf_counter()
         trees = self._propose(sequences)
         drafted = time.perf_counter()
         verdicts = self.verifier.verify(sequences, trees, self.noise)
         verified = time.perf_counter()
         if self.proposer is not None:
+            self.policy.observe(sequences, trees, verdicts)
             self.proposer.observe(sequences, verdicts)
         records = []
         share = 1 / len(sequences)
@@ -288,12 +301,13 @@ class Engine:
         if self.proposer is None:
             return [TokenTree.empty(self.target.device)] * len(sequences)
         limits = [m for m in (self.max_positions, self.proposer.max_positions) if m is not None]
-        budgets = []
-        for sequence in sequences:
-            # Of the remaining tokens the last one is the target's own: it need not be drafted.
-            room = min([sequence.remaining - 1, *(m - len(sequence.tokens) for m in limits)])
-            nodes = self.proposer.nodes_within(room) if room > 0 else 0
-            budgets.append(min(self.policy.budget(sequence), nodes))
+        # Of the remaining tokens the last one is the target's own: it need not be drafted.
+        rooms = [
+            max(0, min([s.remaining - 1, *(m - len(s.tokens) for m in limits)])) for s in sequences
+        ]
+        planned = self.policy.plan(sequences, rooms)
+        fitting = [self.proposer.nodes_within(room) if room else 0 for room in rooms]
+        budgets = [min(pair) for pair in zip(planned, fitting, strict=True)]
         return self.proposer.propose(sequences, budgets, self.noise)
 
     def abort(self, request_id: str) -> None:
@@ -326,6 +340,7 @@ class Engine:
         if not sequence.keep_cache:
             self.release(sequence)
         if self.proposer is not None:
+            self.policy.forget(sequence)
             self.proposer.finish(sequence)
 
     def __iter__(self) -> Iterator[RequestOutput]:

@@ -376,8 +376,13 @@ def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
         nodes. proposer_options={"kind": ...} says what siblings are: "without_replacement" draws,
         "iid" draws, the "top_k" tokens, or "coupled" with the target's own noise.
     verification: "auto" or a name in specdec.acceptance.RULES.
-    num_draft_tokens: tokens drafted per step, or "auto"; of a tree its whole levels that fit.
-    policy: "auto" or "constant".
+    num_draft_tokens: tokens drafted per step, of a tree its whole levels that fit; or "auto". A
+        policy with a name of its own starts from this number ("heuristic") or stays below it.
+    policy: "auto": the number or tree, where one is given, else what measured costs and the
+        acceptance so far make quickest, down to nothing ("cost"); "constant", "heuristic"
+        (transformers' schedule), "confidence" (until a drafted token is unlikely), or a
+        specdec.policy.Policy. Costs are measured once per machine and models, in about two
+        seconds, and kept in ~/.cache/specdec (SPECDEC_CACHE).
     draft_window: the draft looks at so many tokens back, and at the first few, in a cache of its
         own that grows no further; the target always sees everything. At least 16.
     lossy: must be True for a rule that changes the law.

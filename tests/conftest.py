@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+# measured costs are those of this run, and stay out of the user's cache
+os.environ["SPECDEC_CACHE"] = tempfile.mkdtemp(prefix="specdec-tests-")
 
 import pytest
 import torch

@@ -219,7 +219,9 @@ def test_batch_row_equals_the_row_alone_with_its_seed(
     batch: Inputs,
     rule: str,
 ) -> None:
-    spec = specdec.wrap(target, draft=draft, verification=rule, lossy=rule == "typical")
+    spec = specdec.wrap(
+        target, draft=draft, verification=rule, lossy=rule == "typical", num_draft_tokens=4
+    )
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "top_p": 0.95}
     out = spec.generate(**batch, **options, seed=5)
     seeds = [derive_seed(5, row, 0) for row in range(len(TEXTS))]
@@ -950,7 +952,7 @@ def test_nan_in_the_drafts_law_is_never_taken_for_one(
     target: Model, prompt: Inputs, rule: str
 ) -> None:
     broken = copy.deepcopy(target)
-    spec = specdec.wrap(target, draft=broken, verification=rule)
+    spec = specdec.wrap(target, draft=broken, verification=rule, num_draft_tokens=3)
     with torch.no_grad():  # <|bos|>, which the proof of the model does not read
         broken.get_input_embeddings().weight[0] = float("nan")
     with pytest.raises(NumericalError, match=r"the draft's logits hold NaN .* step 0"):

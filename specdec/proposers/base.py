@@ -22,6 +22,8 @@ class Proposer(ABC):
 
     name: ClassVar[str]  # what wrap(proposer=...) calls it
     needs_draft: ClassVar[bool] = False
+    can_stop: ClassVar[bool] = False  # whether it honours stop_below
+    stop_below: float = 0.0  # a drafted token that was less likely than this is kept as the last
     law: Literal["point", "sampled", "coupled"]
 
     def join(self, group: CacheGroup, vocab_size: int) -> None:

@@ -28,6 +28,7 @@ class DraftModelProposer(Proposer):
 
     name = "draft"
     needs_draft = True
+    can_stop = True
     law = "sampled"
 
     def __init__(
@@ -82,10 +83,28 @@ class DraftModelProposer(Proposer):
             logits = self._next_logits(sequences, active, drafted)
             rows = [live.index(i) for i in active] if len(active) < len(live) else None
             drafted = self._pick(sequences, active, logits, rows, level, coins, tokens, laws)
+            if self.stop_below and level + 1 < depth:
+                going_on = self._confident(sequences, active, logits, drafted, laws)
+                drafted = drafted[going_on]
+                active = [i for i, on in zip(active, going_on.tolist(), strict=True) if on]
+                if not active:
+                    break
         return [
             self._tree(t, q) if t else TokenTree.empty(device)
             for t, q in zip(tokens, laws, strict=True)
         ]
+
+    def _confident(
+        self, sequences: Items[Sequence], active: Items[int], logits: Tensor, drafted: Tensor,
+        laws: list[list[Tensor]],
+    ) -> Tensor:  # fmt: skip
+        """Which drafts go on: those whose last token, (len(active),), was likely enough. It stays
+        in the draft either way (contract C3). Read on the host once per level."""
+        chances = logits.softmax(-1).gather(1, drafted[:, None])[:, 0]
+        for row, i in enumerate(active):
+            if not self.model.law(sequences[i]).greedy:
+                chances[row] = laws[i][-1][0, drafted[row]]
+        return chances >= self.stop_below
 
     def _coins(self, sequences: Items[Sequence], depth: int, noise: Noise) -> StepNoise | None:
         if all(self.model.law(s).greedy for s in sequences):

@@ -1,0 +1,304 @@
+"""Measures what a step costs: real drafts and real verification of sequences made up for it."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence as Items
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from specdec.cache import CachedSequence, CacheGroup
+from specdec.costs import CostCache, StepCosts, machine
+from specdec.errors import CacheFullError, NumericalError
+from specdec.proposers import Proposer
+from specdec.rng import Noise
+from specdec.runner import ModelRunner
+from specdec.sampling import Law
+from specdec.sequence import Sequence
+from specdec.tree import TokenTree
+from specdec.verifier import Verifier
+
+CONTEXT, FAR_CONTEXT = 64, 512
+_BEHIND = 32  # tokens that the draft has missed where catching up is measured
+# Outer depths first, so that a slow model is known roughly before it is known well.
+_DEPTHS = (0, 1, 4, 8, 2, 16, 3, 6, 12, 32, 24)
+_ROUNDS = 7
+_PATTERN = 23  # the made-up text repeats itself, so that something can be looked up in it
+
+
+@dataclass(slots=True)
+class _Bench:
+    """Sequences of one context, and steps over them that leave no trace."""
+
+    verifier: Verifier
+    proposer: Proposer
+    noise: Noise
+    sequences: list[Sequence]
+
+    def draft(self, depth: int, behind: int = 1) -> tuple[float, list[TokenTree]]:
+        """Seconds, and the drafts."""
+        self._rewind(behind)
+        nodes = self.proposer.nodes_within(depth)
+        budgets = [nodes] * len(self.sequences)
+        began = self._now()
+        trees = self.proposer.propose(self.sequences, budgets, self.noise)
+        seconds = self._now() - began
+        if not self.proposer.draft_rows(1):  # it may have found nothing in a made-up text
+            trees = [tree if len(tree) else self._chain(nodes) for tree in trees]
+        return seconds, trees
+
+    def verify(self, trees: Items[TokenTree]) -> float:
+        began = self._now()
+        self.verifier.verify(self.sequences, trees, self.noise)
+        seconds = self._now() - began
+        self._rewind(1)
+        return seconds
+
+    def step(self, depth: int) -> tuple[float, float, int]:
+        """Seconds of drafting and of verification, rows per sequence."""
+        if depth == 0:
+            self._rewind(1)
+            empty = TokenTree.empty(self.verifier.runner.device)
+            return 0.0, self.verify([empty] * len(self.sequences)), 1
+        seconds, trees = self.draft(depth)
+        return seconds, self.verify(trees), max(len(tree) for tree in trees) + 1
+
+    def _chain(self, nodes: int) -> TokenTree:
+        tokens = torch.arange(nodes, device=self.verifier.runner.device)
+        return TokenTree.chain(tokens % self.verifier.runner.vocab_size)
+
+    def _rewind(self, behind: int) -> None:
+        """Each model of the target's group has computed all but the last `behind` tokens. What its
+        slots hold is whatever was there: no time depends on it."""
+        group, target = self.verifier.group, self.verifier.runner
+        for sequence in self.sequences:
+            group.truncate(sequence.cache, 0)
+            for model in group.memory:
+                missing = 1 if model is target else behind
+                sequence.cache.computed[model] = len(sequence.tokens) - missing
+
+    def _now(self) -> float:
+        if self.verifier.runner.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def profile(
+    verifier: Verifier, proposer: Proposer, noise: Noise, law: Law, batch: int, *,
+    max_depth: int, seconds: float = 1.5,
+) -> StepCosts:  # fmt: skip
+    """The costs of a step of `batch` sequences sampled by `law`, up to max_depth.
+
+    Takes about `seconds` where single steps are quick, and a few steps where they are not. A figure
+    is the least of several rounds. Raises CacheFullError where no room is left for the sequences.
+    """
+    grid = _grid(proposer, max_depth)
+    draft: dict[int, float] = {}
+    verify: dict[int, float] = {}
+    rows: dict[int, int] = {}
+    with _Opened(verifier, proposer, noise, law, batch, CONTEXT, _room(proposer, grid)) as bench:
+        began = time.perf_counter()
+
+        def measure(depth: int) -> None:
+            drafting, verifying, rows[depth] = bench.step(depth)
+            draft[depth] = min(draft.get(depth, drafting), drafting)
+            verify[depth] = min(verify.get(depth, verifying), verifying)
+
+        for count, depth in enumerate(grid):
+            if count < 3 or time.perf_counter() - began < seconds:
+                bench.step(depth)  # what only a first time needs
+                measure(depth)
+        for _ in range(_ROUNDS):
+            for depth in list(draft):
+                if time.perf_counter() - began < seconds:
+                    measure(depth)
+        catch_up = _catch_up(bench) if proposer.draft_rows(1) else 0.0
+    few = [d for d in (0, 4, 1) if d in draft][:2]
+    draft_slope, verify_slope, row_slope = _slopes(verifier, proposer, noise, law, batch, few)
+    depths = sorted(draft)
+    return StepCosts(
+        batch, CONTEXT, tuple(depths), tuple(rows[d] for d in depths),
+        _rising([draft[d] for d in depths]), _rising([verify[d] for d in depths]),
+        draft_slope, verify_slope, row_slope, catch_up,
+    )  # fmt: skip
+
+
+def _grid(proposer: Proposer, max_depth: int) -> list[int]:
+    """Depths to measure: none that drafts no more than a smaller one."""
+    depths = [d for d in _DEPTHS if d <= max_depth]
+    if max_depth not in depths:
+        depths.append(max_depth)
+    sizes = {d: proposer.nodes_within(d) for d in depths}
+    useless = {b for a, b in pairwise(sorted(depths)) if sizes[a] >= sizes[b]}
+    return [d for d in depths if d not in useless]
+
+
+def _room(proposer: Proposer, grid: Items[int]) -> int:
+    return max(proposer.nodes_within(depth) for depth in grid) + 1
+
+
+class _Opened:
+    """The bench of one context, open while it is used."""
+
+    def __init__(
+        self, verifier: Verifier, proposer: Proposer, noise: Noise, law: Law, batch: int,
+        context: int, room: int,
+    ) -> None:  # fmt: skip
+        self._parts = verifier, proposer, noise
+        self._law, self._batch, self._context, self._room = law, batch, context, room
+        self._bench = _Bench(verifier, proposer, noise, [])
+
+    def __enter__(self) -> _Bench:
+        verifier, proposer, _ = self._parts
+        known = min(verifier.runner.vocab_size, 1 << 15)
+        text = [(7 * (i % _PATTERN) + 3) % known for i in range(self._context)]
+        try:
+            for index in range(self._batch):
+                cache: CachedSequence = verifier.group.open(self._context + self._room)
+                sequence = Sequence(
+                    f"profile-{index}", index, list(text), len(text), self._law, index,
+                    self._room, frozenset(), None, cache,
+                )  # fmt: skip
+                self._bench.sequences.append(sequence)
+                proposer.start(sequence)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self._bench
+
+    def __exit__(self, *_: object) -> None:
+        verifier, proposer, _noise = self._parts
+        for sequence in self._bench.sequences:
+            sequence.finish_reason = "abort"
+            proposer.finish(sequence)
+            verifier.group.close(sequence.cache)
+
+
+def _catch_up(bench: _Bench) -> float:
+    """Seconds per token that the draft has missed."""
+    near = _least(lambda: bench.draft(1)[0])
+    far = _least(lambda: bench.draft(1, _BEHIND + 1)[0])
+    return max(0.0, far - near) / _BEHIND
+
+
+def _least(measure: Callable[[], float]) -> float:
+    measure()
+    return min(measure() for _ in range(2))
+
+
+def _slopes(
+    verifier: Verifier, proposer: Proposer, noise: Noise, law: Law, batch: int,
+    depths: Items[int],
+) -> tuple[float, float, float]:  # fmt: skip
+    """Seconds per further token of context: of a drafted level, of a pass, of each of its rows."""
+    limits = [m for m in (verifier.runner.max_positions, proposer.max_positions) if m is not None]
+    room = _room(proposer, depths)
+    far = min([FAR_CONTEXT, *(limit - room for limit in limits)])
+    if far < 2 * CONTEXT:
+        return 0.0, 0.0, 0.0
+    found: dict[int, list[tuple[float, float, int]]] = {}
+    for context in (CONTEXT, far):
+        with _Opened(verifier, proposer, noise, law, batch, context, room) as bench:
+            found[context] = []
+            for depth in depths:
+                bench.step(depth)
+                steps = [bench.step(depth) for _ in range(3)]
+                found[context].append(
+                    (min(s[0] for s in steps), min(s[1] for s in steps), steps[0][2])
+                )
+    more = [
+        ((b[0] - a[0]) / (far - CONTEXT), (b[1] - a[1]) / (far - CONTEXT), a[2])
+        for a, b in zip(found[CONTEXT], found[far], strict=True)
+    ]
+    (_, plain, _), (drafted, verified, rows) = more[0], more[-1]
+    per_row = max(0.0, verified - plain) / max(1, rows - 1)
+    return max(0.0, drafted) / max(1, depths[-1]), max(0.0, plain - per_row), per_row
+
+
+def _rising(values: Items[float]) -> tuple[float, ...]:
+    """More work is never quicker: a figure above a later one was disturbed more."""
+    highest: list[float] = []
+    for value in reversed(values):
+        highest.append(min(value, highest[-1]) if highest else value)
+    return tuple(reversed(highest))
+
+
+# Engines over the same models in one process measure once.
+_MEASURED: dict[tuple[tuple[str, str], ...], StepCosts] = {}
+
+
+class Profiler:
+    """Costs of the steps of one engine, measured when first asked for and kept on disk."""
+
+    def __init__(
+        self, verifier: Verifier, proposer: Proposer, groups: Items[CacheGroup], noise: Noise,
+        options: str,
+    ) -> None:  # fmt: skip
+        """groups: of all models. options: the proposer's; empty keeps costs in this engine only."""
+        self._parts = verifier, proposer, noise
+        self._groups, self._options = groups, options
+        self._known: dict[tuple[int, str, int], StepCosts] = {}
+
+    def __call__(self, sequences: Items[Sequence], max_depth: int) -> StepCosts | None:
+        """Costs of a step of this many sequences, sampled like these, rounded up to a power of two;
+        None where they cannot be measured."""
+        batch = 1 << (len(sequences) - 1).bit_length()
+        law = next((s.law for s in sequences if not s.law.greedy), sequences[0].law)
+        mode = _mode(law)
+        where = (batch, mode, max_depth)
+        if where not in self._known:
+            found = self._find(batch, law, mode, max_depth)
+            if found is None:
+                return None
+            self._known[where] = found
+        return self._known[where]
+
+    def _find(self, batch: int, law: Law, mode: str, max_depth: int) -> StepCosts | None:
+        verifier, proposer, noise = self._parts
+        key = self._key(batch, mode, max_depth)
+        kept = None if key is None else CostCache(key)
+        if kept is not None:
+            entry = tuple(kept.key.items())
+            if entry not in _MEASURED and (loaded := kept.load()) is not None:
+                _MEASURED[entry] = loaded
+            if entry in _MEASURED:
+                return _MEASURED[entry]
+        plain = law.truncated(law.truncation, greedy=law.greedy, processors=False)
+        try:
+            costs = profile(verifier, proposer, noise, plain, batch, max_depth=max_depth)
+        except (CacheFullError, NumericalError):  # a model gone wrong is named by the real step
+            return None
+        if kept is not None:
+            _MEASURED[tuple(kept.key.items())] = costs
+            kept.save(costs)
+        return costs
+
+    def _key(self, batch: int, mode: str, max_depth: int) -> dict[str, str] | None:
+        verifier, proposer, _ = self._parts
+        models = [_fingerprint(runner) for group in self._groups for runner in group.memory]
+        if not self._options or not all(models):
+            return None
+        return {
+            **machine(), "models": " ".join(models), "mode": mode,
+            "proposer": f"{proposer.name} {self._options}",
+            "rule": verifier.rule, "batch": str(batch), "max_depth": str(max_depth),
+        }  # fmt: skip
+
+
+def _mode(law: Law) -> str:
+    """What of a law its cost depends on."""
+    if law.greedy:
+        return "greedy"
+    cut = law.truncation
+    parts = ("top_k", cut.top_k), ("top_p", cut.top_p < 1), ("min_p", cut.min_p)
+    return " ".join(["sampled", *(name for name, value in parts if value)])
+
+
+def _fingerprint(runner: object) -> str:
+    """Changes with a model's shape, type and way of running; empty for what is no model."""
+    if not isinstance(runner, ModelRunner):
+        return ""
+    model = runner.model
+    text = f"{model.config.to_json_string()} {model.dtype} {model.device} {runner.forward_name}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,361 @@
+"""Draft lengths: the policies by themselves, and what they may not do."""
+
+from collections.abc import Callable, Sequence as Items
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import specdec
+from specdec import Engine, SamplingParams, TokenTree
+from specdec.costs import StepCosts
+from specdec.errors import InvalidArgumentError
+from specdec.policy import (
+    ConfidencePolicy,
+    ConstantPolicy,
+    CostPolicy,
+    HeuristicPolicy,
+    Policy,
+    make_policy,
+)
+from specdec.proposers import NgramProposer
+from specdec.verifier import Verdict
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Model = Any  # a transformers model: its methods are typed in part
+
+PROMPT = [0, 45, 67, 89, 45, 67]
+KV = 1 << 20
+
+
+class Sketch(NgramProposer):
+    """A proposer as a policy sees it; `model` says whether its drafts cost passes."""
+
+    model = True
+    now = 0
+
+    def draft_rows(self, depth: int) -> tuple[int, ...]:
+        return (1,) * depth if self.model else ()
+
+    def situation(self, sequence: Any) -> int:
+        del sequence
+        return self.now
+
+
+class Seq:
+    """What a policy reads of a sequence."""
+
+    def __init__(self, length: int = 20, remaining: int = 1000) -> None:
+        self.tokens, self.remaining = [0] * length, remaining
+
+
+def none(nodes: int) -> int:
+    del nodes
+    return 0
+
+
+def one(nodes: int) -> int:
+    return min(1, nodes)
+
+
+def whole(nodes: int) -> int:
+    return nodes
+
+
+def verdict(accepted: int) -> Verdict:
+    tokens = (0,) * (accepted + 1)
+    return Verdict(tokens, accepted, tuple(range(accepted)), torch.empty(0))
+
+
+def costs(draft: float, verify: float = 1.0, per_row: float = 0.0, batch: int = 1) -> StepCosts:
+    """Seconds of a drafted level, of a pass, of each of its rows."""
+    depths = tuple(range(17))
+    return StepCosts(
+        batch, 64, depths, tuple(d + 1 for d in depths), tuple(d * draft for d in depths),
+        tuple(verify + (d + 1) * per_row for d in depths),
+    )  # fmt: skip
+
+
+def cost_policy(known: StepCosts | None, most: int | None = None) -> CostPolicy:
+    policy = CostPolicy(most)
+    policy.join(Sketch(), lambda *_: known)
+    return policy
+
+
+def advance(policy: Policy, sequence: Any, accepts: Callable[[int], int], room: int = 100) -> int:
+    """One step of one sequence; the nodes planned."""
+    policy.prepare([sequence])
+    [nodes] = policy.plan([sequence], [room])
+    accepted = accepts(nodes)
+    tree = TokenTree.chain(torch.zeros(nodes, dtype=torch.long))
+    policy.observe([sequence], [tree], [verdict(accepted)])
+    sequence.tokens += [0] * (accepted + 1)
+    return nodes
+
+
+def best_by_hand(rate: float, known: StepCosts) -> int:
+    """Leviathan et al. 2023, section 3.3: tokens of a step over its seconds."""
+
+    def speed(depth: int) -> float:
+        tokens = sum(rate**d for d in range(depth + 1))
+        return tokens / (known.draft_seconds(depth, 0) + known.verify_seconds(depth + 1, 0))
+
+    return max(range(17), key=speed)
+
+
+# --- the cost model
+
+
+@pytest.mark.parametrize("draft", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("rate", [0.3, 0.6, 0.8, 0.95])
+def test_known_acceptance_gives_the_best_length(rate: float, draft: float) -> None:
+    known = costs(draft, 0.95, 0.05)
+    policy, sequence = cost_policy(known), Seq()
+    draw = torch.Generator().manual_seed(3)
+
+    def accepts(nodes: int) -> int:
+        kept = (torch.rand(nodes, generator=draw) < rate).long().cumprod(0)
+        return int(kept.sum())
+
+    planned = [advance(policy, sequence, accepts) for _ in range(400)][100:]
+    best = best_by_hand(rate, known)
+
+    def speed(depth: int) -> float:
+        tokens = sum(rate**d for d in range(depth + 1))
+        return tokens / (known.draft_seconds(depth, 0) + known.verify_seconds(depth + 1, 0))
+
+    got = sum(sum(rate**d for d in range(n + 1)) for n in planned) / sum(
+        known.draft_seconds(n, 0) + known.verify_seconds(n + 1, 0) for n in planned
+    )
+    assert got > 0.95 * speed(best)
+
+
+def test_hopeless_draft_costs_little() -> None:
+    known = costs(0.2, 0.95, 0.05)
+    policy, sequence = cost_policy(known), Seq()
+    planned = [advance(policy, sequence, none) for _ in range(128)]
+    spent = sum(known.draft_seconds(n, 0) + known.verify_seconds(n + 1, 0) for n in planned)
+    assert spent < 1.03 * 128 * known.verify_seconds(1, 0)
+    assert 0 < sum(n > 0 for n in planned[20:]) < 5  # it is tried again, ever more rarely
+
+
+def test_draft_that_became_good_is_found_again() -> None:
+    policy, sequence = cost_policy(costs(0.05)), Seq()
+    for _ in range(40):
+        advance(policy, sequence, none)
+    planned = [advance(policy, sequence, whole) for _ in range(150)]
+    assert planned[-1] >= 8
+
+
+def test_draft_dearer_than_the_target_is_left_alone() -> None:
+    policy, sequence = cost_policy(costs(1.5)), Seq()
+    planned = [advance(policy, sequence, whole) for _ in range(20)]
+    assert sum(planned) == 0
+
+
+def test_room_and_limit_are_kept_to() -> None:
+    policy, sequence = cost_policy(costs(0.001), most=6), Seq()
+    planned = [advance(policy, sequence, whole) for _ in range(30)]
+    assert planned[-1] == 6
+    assert advance(policy, sequence, whole, room=2) == 2
+    assert advance(policy, sequence, whole, room=0) == 0
+
+
+def test_unknown_costs_mean_the_default_length() -> None:
+    policy, sequence = cost_policy(None), Seq()
+    assert [advance(policy, sequence, one) for _ in range(3)] == [4, 4, 4]
+
+
+def test_each_situation_is_learnt_apart() -> None:
+    policy, proposer, sequence = CostPolicy(), Sketch(), Seq()
+    proposer.model = False
+    policy.join(proposer, lambda *_: costs(0.0, 0.9, 0.1))
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    for step in range(120):
+        proposer.now = step % 2
+        seen[proposer.now].append(advance(policy, sequence, whole if proposer.now else none))
+    assert min(seen[1][10:]) > 8
+    assert sum(seen[0][10:]) < 12
+
+
+def test_missed_context_is_paid_for() -> None:
+    """A draft that has a long text to read before its first token must promise more."""
+    known = costs(0.1)
+    dear = StepCosts(1, 64, known.depths, known.rows, known.draft, known.verify, catch_up=0.05)
+    for given, drafts in ((known, True), (dear, False)):
+        policy, sequence = cost_policy(given), Seq(length=400, remaining=10)
+        assert (advance(policy, sequence, whole) > 0) == drafts
+
+
+def test_batch_shares_levels_and_each_sequence_keeps_what_pays() -> None:
+    policy = cost_policy(costs(0.05, 0.2, 0.2, batch=2))
+    sequences: list[Any] = [Seq(), Seq()]
+    planned: list[int] = []
+    for _ in range(60):
+        policy.prepare(sequences)
+        planned = policy.plan(sequences, [100, 100])
+        trees = [TokenTree.chain(torch.zeros(n, dtype=torch.long)) for n in planned]
+        policy.observe(sequences, trees, [verdict(planned[0]), verdict(0)])
+    assert planned[0] > 4
+    assert planned[1] <= 1
+
+
+def test_longer_context_changes_the_choice() -> None:
+    """Where attention makes every row dear, fewer are drafted."""
+    flat = costs(0.02, 0.5, 0.02)
+    steep = StepCosts(
+        1, 64, flat.depths, flat.rows, flat.draft, flat.verify, verify_row_slope=1e-3
+    )  # fmt: skip
+    lengths = []
+    for context in (64, 2000):
+        policy, sequence = cost_policy(steep), Seq(context)
+        draw = torch.Generator().manual_seed(0)
+        for _ in range(80):
+            nodes = advance(
+                policy, sequence,
+                lambda n: int((torch.rand(n, generator=draw) < 0.8).long().cumprod(0).sum()),  # noqa: B023
+            )  # fmt: skip
+            lengths.append(nodes)
+    assert sum(lengths[40:80]) > 2 * sum(lengths[120:])
+
+
+def test_forgotten_sequence_starts_anew() -> None:
+    policy, sequence = cost_policy(costs(0.1)), Seq()
+    for _ in range(30):
+        advance(policy, sequence, none)
+    assert advance(policy, sequence, none) == 0
+    policy.forget(sequence)  # type: ignore[arg-type]
+    assert advance(policy, sequence, none) > 0
+
+
+# --- the others
+
+
+def test_heuristic_schedule_is_that_of_transformers() -> None:
+    policy, sequence = HeuristicPolicy(5), Seq()
+    policy.join(Sketch(), lambda *_: None)
+    outcomes = [5, 7, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    planned = [advance(policy, sequence, partial(min, a)) for a in outcomes]
+    assert planned == [5, 7, 9, 8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1]
+    assert advance(policy, sequence, none) == 3
+
+
+def test_confidence_keeps_the_token_that_stopped_the_draft(target: Model, draft: Model) -> None:
+    """Contract C3: the unlikely token is judged too; only what would follow is not drawn."""
+    spec = specdec.wrap(target, draft=draft, policy=ConfidencePolicy(0.4, 8))
+    proposer = spec.engine.proposer
+    assert proposer is not None
+    propose, seen = proposer.propose, []
+
+    def watched(sequences: Any, budgets: Any, noise: Any) -> list[TokenTree]:
+        trees = propose(sequences, budgets, noise)
+        seen.extend(trees)
+        return trees
+
+    proposer.propose = watched  # type: ignore[method-assign]
+    options: dict[str, Any] = {
+        "max_new_tokens": 60, "do_sample": True, "temperature": 0.3, "seed": 3,
+    }  # fmt: skip
+    spec.generate(torch.tensor([PROMPT]), **options)
+    lengths = set()
+    for tree in seen:
+        if not len(tree):
+            continue
+        assert tree.laws is not None
+        chances = tree.laws.gather(1, tree.tokens[:, None])[:, 0]
+        assert bool((chances[:-1] >= 0.4).all())
+        lengths.add(len(tree))
+    assert len(lengths) > 2
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
+def test_confidence_in_a_ragged_batch_is_greedy_decoding(
+    target: Model, draft: Model, threshold: float
+) -> None:
+    params = SamplingParams(max_new_tokens=14, temperature=0)
+    prompts = [PROMPT, [7], [0, *range(20, 60)]]
+    texts, drafted = [], []
+    for policy in (ConstantPolicy(0), ConfidencePolicy(threshold, 6)):
+        engine = Engine(target, draft=draft, policy=policy, kv_memory=KV)
+        names = [engine.add_request(p, params) for p in prompts]
+        found = {out.id: out.token_ids for out in engine}
+        texts.append([found[name] for name in names])
+        drafted.append(engine.stats.drafted)
+    assert texts[0] == texts[1]
+    assert drafted[0] == 0 < drafted[1]
+
+
+@pytest.mark.parametrize("policy", ["auto", "cost", "heuristic", "confidence", "constant"])
+def test_text_is_that_of_plain_decoding(target: Model, draft: Model, policy: str) -> None:
+    ids = torch.tensor([PROMPT])
+    wanted = specdec.wrap(target).generate(ids, max_new_tokens=40, do_sample=False)
+    spec = specdec.wrap(target, draft=draft, policy=policy)
+    assert torch.equal(spec.generate(ids, max_new_tokens=40, do_sample=False), wanted)
+    noisy: dict[str, Any] = {"max_new_tokens": 40, "do_sample": True, "seed": 9}
+    wanted = specdec.wrap(target).generate(ids, **noisy)
+    spec = specdec.wrap(target, draft=draft, policy=policy, verification="gumbel")
+    assert torch.equal(spec.generate(ids, **noisy), wanted)
+
+
+def test_equal_seeds_give_equal_text_under_the_cost_model(target: Model, draft: Model) -> None:
+    ids = torch.tensor([PROMPT])
+    options: dict[str, Any] = {"max_new_tokens": 60, "do_sample": True, "seed": 4}
+    spec = specdec.wrap(target, draft=draft)
+    first = spec.generate(ids, **options)
+    assert torch.equal(spec.generate(ids, **options), first)
+    other = specdec.wrap(target, draft=draft)
+    assert torch.equal(other.generate(ids, **options), first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("clever", "auto"), "policy='clever': expected one of auto, constant"),
+        (("auto", -1), "num_draft_tokens=-1: expected a whole number, 0 to 255"),
+        (("cost", 256), "num_draft_tokens=256"),
+        (("heuristic", True), "num_draft_tokens=True"),
+        ((ConstantPolicy(2), 3), "num_draft_tokens=3: expected 'auto' beside a Policy"),
+    ],
+)
+def test_wrong_policy_is_refused(arguments: tuple[Any, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        make_policy(*arguments)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, "high"])
+def test_threshold_out_of_range_is_refused(threshold: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"threshold=.*: expected 0 to 1"):
+        ConfidencePolicy(threshold)
+
+
+def test_confidence_needs_a_draft_that_can_stop(target: Model) -> None:
+    with pytest.raises(InvalidArgumentError, match="proposer='ngram' cannot stop"):
+        specdec.wrap(target, proposer="ngram", policy="confidence")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "kind"),
+    [
+        ("auto", "auto", CostPolicy), ("auto", 3, ConstantPolicy), ("cost", 3, CostPolicy),
+        ("cost", 0, ConstantPolicy), ("heuristic", 3, HeuristicPolicy),
+        ("constant", "auto", ConstantPolicy), ("confidence", 7, ConfidencePolicy),
+    ],
+)  # fmt: skip
+def test_names(name: str, number: Any, kind: type[Policy]) -> None:
+    assert type(make_policy(name, number)) is kind
+
+
+def trees_of(engine: Engine) -> Items[int]:
+    return sorted(engine.stats.drafted_lengths)
+
+
+def test_named_tree_is_kept_to_and_the_cost_model_cuts_it(target: Model, draft: Model) -> None:
+    params = SamplingParams(max_new_tokens=30, temperature=0)
+    for policy, whole in (("auto", True), ("cost", False)):
+        engine = Engine(target, draft=draft, tree=(3, 2, 1), policy=policy, kv_memory=KV)
+        engine.add_request(PROMPT, params)
+        list(engine)
+        assert (max(trees_of(engine)) == 15) == whole
+        assert set(trees_of(engine)) <= {0, 3, 9, 15}
