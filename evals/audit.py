@@ -153,7 +153,7 @@ def _run(
     for _ in range(steps):
         for record in engine.step():
             texts[int(record.request_id)] += record.tokens
-        engine.group.check_integrity()
+        engine.check_integrity()
     engine.abort_all()
     return [(text, paths[i]) for i, text in enumerate(texts)]
 

@@ -28,14 +28,19 @@ class TableRunner:
     It keeps the token and the position of every row in the paged slots that a model would keep keys
     and values in, and reads each context back from there. So a wrong commit, truncate, parent or
     slot shows: as the law of another context, or as an AssertionError where a slot holds another
-    position than its own. Logits are log p in float32; on the CPU.
+    position than its own. Logits are log p in float32; on the CPU. A draft with a window gives the
+    law after the tokens that it still sees.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, table: Table, vocab_size: int, *, max_positions: int | None = None) -> None:
-        """Raises InvalidArgumentError for a table whose first law is none."""
-        self.vocab_size, self.max_positions = vocab_size, max_positions
+    def __init__(
+        self, table: Table, vocab_size: int, *, max_positions: int | None = None,
+        window: int | None = None,
+    ) -> None:  # fmt: skip
+        """window: as ModelRunner's. Raises InvalidArgumentError for a table whose first law is
+        none."""
+        self.vocab_size, self.max_positions, self.window = vocab_size, max_positions, window
         self.uses_threads = False
         self.passes = 0
         self._table = table
@@ -68,19 +73,19 @@ class TableRunner:
     def _contexts(self, row: SequenceRows) -> list[Context]:
         """Each row's context, itself included; their slots are filled."""
         assert self._slots is not None
-        begin, table = row.cache.computed_len(self), row.cache.table
-        tokens, positions = self._slots.read(table, range(begin))
-        assert positions == list(range(begin)), f"slots hold the positions {positions}"
+        end, cache = row.cache.computed_len(self), row.cache
+        begin = end - cache.dropped
+        tokens, positions = self._slots.read(cache.table, range(begin))
+        wanted = [p for p in range(end) if not 0 <= p - cache.sinks < cache.dropped]
+        assert positions == wanted, f"slots hold the positions {positions}"
         before = tuple(tokens)
         contexts: list[Context] = []
         for token, parent in _rows(row):
             contexts.append((*(contexts[parent] if parent >= 0 else before), token))
-        limit = self.max_positions
-        assert limit is None or all(len(context) <= limit for context in contexts)
-        self._slots.write(
-            table, begin, [context[-1] for context in contexts], [len(c) - 1 for c in contexts]
-        )
-        row.cache.computed[self] = begin + len(contexts)
+        where = [cache.dropped + len(context) - 1 for context in contexts]
+        assert self.max_positions is None or max(where, default=0) < self.max_positions
+        self._slots.write(cache.table, begin, [context[-1] for context in contexts], where)
+        cache.computed[self] = end + len(contexts)
         return contexts
 
     def _logits_after(self, context: Context) -> Tensor:

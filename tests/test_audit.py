@@ -49,11 +49,14 @@ each_case = pytest.mark.parametrize(
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def maker(name: str, options: dict[str, Any], target: Any = TARGET, draft: Any = DRAFT) -> Any:
+def maker(
+    name: str, options: dict[str, Any], target: Any = TARGET, draft: Any = DRAFT,
+    window: int | None = None,
+) -> Any:  # fmt: skip
     """make(noise): an engine on tables with this proposer."""
 
     def make(noise: Noise | None) -> Engine:
-        its_draft = TableRunner(draft, V) if REGISTRY[name].needs_draft else None
+        its_draft = TableRunner(draft, V, window=window) if REGISTRY[name].needs_draft else None
         given = {**options, **({} if "tree" in options else {"proposer": name})}
         runner = TableRunner(target, V)
         return Engine(runner, draft=its_draft, noise=noise, kv_memory=1 << 22, grow=True, **given)
@@ -72,9 +75,28 @@ def audited(name: str, options: dict[str, Any], **more: Any) -> Comparison:
 def test_law_of_three_tokens_is_the_target_s(name: str, options: dict[str, Any]) -> None:
     """Two steps at the least, every outcome of every draw and coin, through the production float32
     code; 3e-8 is the difference found, 3e-7 what rounding may explain."""
-    found = audited(name, options)
+    make, engines = maker(name, options), list[Engine]()
+
+    def kept(noise: Noise) -> Engine:
+        engines.append(make(noise))
+        return engines[-1]
+
+    found = emitted_law(kept, TARGET, PROMPT, tokens=3)
     assert found.error < TOLERANCE
     assert len(found.ours) == V**3
+    assert sum(engine.stats.accepted for engine in engines) > 0
+
+
+@pytest.mark.parametrize("name", ["draft", "tree"])
+def test_draft_that_has_forgotten_pages(name: str) -> None:
+    prompt = [i * i % 7 % V for i in range(60)]
+    make = maker(name, OPTIONS[name], window=16)
+    assert emitted_law(make, TARGET, prompt, tokens=2, new_tokens=3).error < TOLERANCE
+    engine = make(None)
+    engine.add_request(prompt, SamplingParams(max_new_tokens=5))
+    engine.step()
+    [cache] = engine.proposer.model._caches.values()
+    assert cache.dropped > 0
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
