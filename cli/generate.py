@@ -25,6 +25,7 @@ from specdec.cli.models import (
 from specdec.engine import Engine, fresh_seed
 from specdec.errors import InvalidArgumentError, SpecDecError
 from specdec.hf import stop_check
+from specdec.proposers import RetrievalProposer
 from specdec.rng import derive_seed
 from specdec.sampling import SamplingParams
 from specdec.sequence import Sequence as Sample
@@ -51,6 +52,20 @@ def _tree_shape(
     if not all(part.isdecimal() for part in parts):
         raise click.BadParameter(f"{value!r}: expected numbers such as 3,2,1.", ctx, param)
     return expansion([int(part) for part in parts])
+
+
+def _options(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE -> a number, true, false or a list where the value is one, else text."""
+    options: dict[str, Any] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"{text!r}: expected NAME=VALUE.", ctx, param)
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +180,14 @@ class _Output:
     help="What drafts.  [default: draft, where there is one]",
 )
 @click.option(
+    "--proposer-option",
+    "proposer_options",
+    multiple=True,
+    callback=_options,
+    metavar="NAME=VALUE",
+    help="An option of what drafts, such as max_ngram=3; may be repeated.",
+)
+@click.option(
     "--verification",
     type=click.Choice(["auto", *RULES]),
     default="auto",
@@ -195,8 +218,9 @@ def generate(
     prompt: str | None, prompt_file: str | None, target: str, draft: str | None,
     no_speculation: bool, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
     min_p: float, seed: int | None, stop: tuple[str, ...], num_draft_tokens: Any,
-    tree: tuple[int, ...] | None, proposer: str | None, verification: str, lossy: bool, dtype: str,
-    device: str | None, batch: int | None, chat: bool, as_json: bool,
+    tree: tuple[int, ...] | None, proposer: str | None, proposer_options: dict[str, Any],
+    verification: str, lossy: bool, dtype: str, device: str | None, batch: int | None, chat: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text from PROMPT, --prompt-file or standard input.
 
@@ -210,11 +234,14 @@ def generate(
     if draft is None and target == "big" and not no_speculation and _wants_draft(proposer):
         draft = "small"
     tokenizer = load_tokenizer("target", target)
+    if proposer == RetrievalProposer.name:
+        proposer_options["tokenizer"] = tokenizer
     if chat and not tokenizer.chat_template:
         raise InvalidArgumentError(f"--chat: the tokenizer of {target!r} has no chat template")
     engine = _build_engine(
         target, draft, tokenizer, dtype, device, proposer=proposer, verification=verification,
         lossy=lossy, num_draft_tokens=num_draft_tokens, tree=tree,
+        proposer_options=proposer_options,
     )  # fmt: skip
     eos = end_tokens(engine, tokenizer)
     run = _Run(

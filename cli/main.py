@@ -9,6 +9,7 @@ import click
 import torch
 
 from specdec.cli.generate import generate
+from specdec.cli.index import index
 from specdec.errors import InvalidArgumentError, SpecDecError
 
 
@@ -61,6 +62,7 @@ def main() -> None:
 
 
 main.add_command(generate)
+main.add_command(index)
 
 if __name__ == "__main__":
     main()

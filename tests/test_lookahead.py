@@ -31,7 +31,9 @@ each_shape = pytest.mark.parametrize(("window", "ngram", "guesses"), SHAPES)
 
 
 def engine_of(runner: Any, **options: Any) -> Engine:
-    return Engine(runner, proposer="lookahead", proposer_options=options, kv_memory=KV)
+    return Engine(
+        runner, proposer="lookahead", proposer_options=options, policy="constant", kv_memory=KV
+    )
 
 
 def table(order: int | None = None, concentration: float = 0.05) -> TableRunner:
@@ -230,15 +232,6 @@ def test_text_stays_out_of_the_pool_on_request() -> None:
     engine.abort_all()
 
 
-def test_situation_counts_the_grams_behind_the_last_token() -> None:
-    proposer = LookaheadProposer(ngram=2)
-    engine = Engine(cycle(), proposer=proposer, kv_memory=KV)
-    for prompt, known in (([1, 2, 3], 0), ([1, 2, 1], 1), ([1, 2, 1, 3, 1, 4, 1, 5, 1], 3)):
-        engine.add_request(prompt, GREEDY)
-        assert proposer.situation(engine.scheduler.running[-1]) == known
-    engine.abort_all()
-
-
 # --- end tokens
 
 
@@ -305,7 +298,7 @@ def test_any_budgets_give_the_same_text(params: SamplingParams) -> None:
         for prompt in (PROMPT, PROMPT[:1], [7, 7, 7])
     ]
     engine = Engine(
-        table(2), proposer="lookahead", kv_memory=KV, verification="gumbel",
+        table(2), proposer="lookahead", policy="constant", kv_memory=KV, verification="gumbel",
         proposer_options={"window": 4, "ngram": 4, "guesses": 3},
     )  # fmt: skip
     assert engine.proposer is not None

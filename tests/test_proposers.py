@@ -1,6 +1,7 @@
 """The contract of every registered proposer, the registry itself, and trees drafted by a model."""
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence as Items
 from importlib.metadata import EntryPoint
@@ -20,6 +21,7 @@ from specdec.cli.main import main
 from specdec.errors import InvalidArgumentError
 from specdec.proposers import REGISTRY
 from specdec.proposers.model import DraftModel
+from specdec.proposers.retrieval_build import write_index
 from specdec.rng import Noise
 from specdec.runner import SequenceRows
 from specdec.sequence import Sequence
@@ -40,7 +42,13 @@ SAMPLED = SamplingParams(max_new_tokens=NEW, temperature=0.9, top_p=0.95)
 # the second child of the root is a leaf, the third has more children than the first
 IRREGULAR = (-1, -1, -1, 0, 2, 2, 3, 3, 4, 8)
 # name -> options that it cannot do without
-REQUIRED: dict[str, dict[str, Any]] = {"tree": {"tree": (3, 2, 1)}}
+FOLDER = tempfile.TemporaryDirectory()
+INDEX = Path(FOLDER.name) / "small.idx"
+write_index(INDEX, [([3, 6, 4, 3, 7, 5, 2, 1, 0, 4, 6, 6], True)] * 2, vocab_size=8)
+REQUIRED: dict[str, dict[str, Any]] = {
+    "retrieval": {"index": INDEX, "min_match": 1},
+    "tree": {"tree": (3, 2, 1)},
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, REQUIRED.get(name, {})) for name in sorted(REGISTRY)),
     *(("tree", {"tree": (2, 2, 1), "kind": kind}) for kind in ("iid", "top_k", "coupled")),

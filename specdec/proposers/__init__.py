@@ -12,6 +12,7 @@ from specdec.proposers.base import Proposer
 from specdec.proposers.draft import DraftModelProposer
 from specdec.proposers.lookahead import LookaheadProposer
 from specdec.proposers.ngram import NgramProposer
+from specdec.proposers.retrieval import RetrievalProposer
 from specdec.proposers.suffix import SuffixProposer
 from specdec.proposers.tree import DraftTreeProposer
 from specdec.runner import Runner
@@ -21,6 +22,7 @@ _BUILT_IN: tuple[type[Proposer], ...] = (
     DraftTreeProposer,
     LookaheadProposer,
     NgramProposer,
+    RetrievalProposer,
     SuffixProposer,
 )
 REGISTRY: dict[str, type[Proposer]] = {proposer.name: proposer for proposer in _BUILT_IN}
@@ -34,6 +36,7 @@ __all__ = [
     "LookaheadProposer",
     "NgramProposer",
     "Proposer",
+    "RetrievalProposer",
     "SuffixProposer",
     "find",
     "make",

@@ -41,6 +41,8 @@ class LookaheadProposer(Proposer):
     less. A budget goes to the n-grams, the latest first, then to the columns, the nearest first; a
     column that did not fit, or lies past the last token to be emitted, waits as it is.
 
+    It tells no situations apart: a step without n-grams pays later, by those that it finds.
+
     The tree is a function of the committed tokens, of how steps divided them and of budgets;
     trajectories follow the argmax when sampling too, so they hold no coin of the verification.
     """
@@ -91,10 +93,6 @@ class LookaheadProposer(Proposer):
         )
         return max(0, *columns) + self.guesses * max(0, min(N - 1, depth))
 
-    def situation(self, sequence: Sequence) -> int:
-        """How many n-grams are known behind the last token, from 3 on 3."""
-        return min(3, len(self._read(sequence).grams(sequence.tokens[-1])))
-
     def start(self, sequence: Sequence) -> None:
         state = _State(Pool(self.ngram, self.guesses), sequence.tokens[: sequence.prompt_len])
         columns = self.window + self.ngram - 2
@@ -109,7 +107,7 @@ class LookaheadProposer(Proposer):
         for sequence, budget in zip(sequences, budgets, strict=True):
             state = self._read(sequence)
             branches = _Branches(min(budget, self.preferred_nodes), sequence.remaining - 1)
-            for gram in reversed(state.grams(sequence.tokens[-1])):
+            for gram in reversed(state.pool.get(sequence.tokens[-1])):
                 branches.add_part(gram)
             state.ends = branches.add_columns(state.columns)
             tokens = torch.tensor(branches.tokens, dtype=torch.long, device=self._device)
@@ -193,9 +191,6 @@ class _State:
     columns: list[list[int]] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)  # nodes of the columns scored, -1 the root
     drawn: int = 0
-
-    def grams(self, token: int) -> list[tuple[int, ...]]:
-        return self.pool.get(token)
 
     def draw(self) -> int:
         """A random token of the prompt."""
