@@ -41,6 +41,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("tree", {"tree": (2,), "verification": "kseq"}),
     ("tree", {"tree": (2, 1), "proposer_options": {"kind": "top_k"}}),
     ("suffix", {"num_draft_tokens": 2, "verification": "recursive"}),
+    ("draft", {"policy": "heuristic"}),
+    ("draft", {"policy": "confidence"}),
 ]
 each_case = pytest.mark.parametrize(
     ("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else str([*v.values()])
@@ -127,7 +129,7 @@ def test_coupled_text_is_plain_sampling_s(name: str, options: dict[str, Any]) ->
     coupled = {**options, "verification": "gumbel"}
     texts = []
     for engine in (maker(name, coupled)(None), Engine(TableRunner(TARGET, V), kv_memory=1 << 22)):
-        for seed in range(100):
+        for seed in range(64):
             params = SamplingParams(max_new_tokens=6)
             engine.add_request(PROMPT, params, seed=seed, request_id=str(seed))
         texts.append({out.id: out.token_ids for out in engine})
