@@ -5,11 +5,13 @@ and the tests must notice. A survivor needs a written reason.
 
 Runs in a checkout: pytest collects the module's tests once, and each mutant runs them in a forked
 process until the first failure. Reasons are kept in the result file, by mutant; a run with a
-survivor that has none exits 1.
+survivor that has none exits 1. Verdicts are kept beside the result file until the run ends: one
+that was interrupted goes on where it stopped, if neither the module nor the tests changed.
 """
 
 import ast
 import copy
+import hashlib
 import importlib
 import json
 import os
@@ -59,10 +61,10 @@ def _few_cases(tests: ModuleType) -> None:
 
 
 TARGETS = {
-    "reference": Target("reference", "test_acceptance.py", _of_reference, lambda _: None),
-    "checks": Target("checks", "test_acceptance.py", _of_reference, lambda _: None),
+    **{name: Target(name, "test_acceptance.py", _of_reference, lambda _: None)
+       for name in ("reference", "checks", "node")},
     **{name: Target(name, "test_batched.py", _of_batched, _few_cases)
-       for name in ("batched", "trees", "kseq", "draw")},
+       for name in ("batched", "trees", "kseq", "draw", "laws", "layout")},
 }  # fmt: skip
 
 
@@ -145,7 +147,7 @@ def _unary(node: ast.UnaryOp) -> Iterator[ast.AST]:
 
 
 def _statement(node: ast.stmt) -> Iterator[ast.AST]:
-    if isinstance(node, ast.Return):
+    if isinstance(node, ast.Return) and node.value is not None:
         yield ast.Return(ast.Constant(None))
     elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
         yield ast.Pass()
@@ -229,9 +231,11 @@ def _nothing(node: ast.AST) -> Iterator[ast.AST]:
 class Runner:
     """A pytest plugin: instead of running the collected tests once, runs them per mutant."""
 
-    def __init__(self, target: Target, module: ModuleType, only: Collection[str] | None) -> None:
+    def __init__(
+        self, target: Target, module: ModuleType, only: Collection[str] | None, notes: "Notes"
+    ) -> None:
         """only: names of mutants; None runs all."""
-        self._target, self._module = target, module
+        self._target, self._module, self._notes = target, module, notes
         self._source = Path(str(module.__file__)).read_text(encoding="utf-8")
         self.mutants = mutants(self._source)
         self._chosen = [m for m in self.mutants if only is None or m.name in only]
@@ -250,7 +254,9 @@ class Runner:
             raise click.ClickException("the tests fail without a mutation")
         limit = 2 * (_cpu_seconds() - before) + 1  # a mutant that never ends is killed too
         for mutant in tqdm(self._chosen, mininterval=2, file=sys.__stderr__):
-            if self._passes(session, mutant, limit):
+            if mutant.name not in self._notes.verdicts:
+                self._notes.add(mutant.name, survives=self._passes(session, mutant, limit))
+            if self._notes.verdicts[mutant.name]:
                 self.survivors.append(mutant)
         return True
 
@@ -279,6 +285,28 @@ class Runner:
                 code = 0
         finally:
             os._exit(code)
+
+
+class Notes:
+    """Verdicts of a run that has not ended, one per line below what they are about."""
+
+    def __init__(self, path: Path, about: str) -> None:
+        self._path = path
+        self.verdicts = dict[str, bool]()  # by mutant, whether it survives
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if lines[:1] == [about]:
+            self.verdicts = dict(json.loads(line) for line in lines[1:])
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(about + "\n", encoding="utf-8")
+
+    def add(self, name: str, *, survives: bool) -> None:
+        self.verdicts[name] = survives
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([name, survives]) + "\n")
+
+    def remove(self) -> None:
+        self._path.unlink()
 
 
 def _install(tree: ast.Module, module: ModuleType) -> None:
@@ -330,13 +358,18 @@ def main(target: str, out: Path, tests: Path, *, survivors: bool) -> None:
     """Mutate TARGET and list what its tests do not notice."""
     chosen = TARGETS[target]
     only = load_reasons(out, target).keys() if survivors else None
-    runner = Runner(chosen, importlib.import_module(f"specdec.acceptance.{chosen.module}"), only)
+    module = importlib.import_module(f"specdec.acceptance.{chosen.module}")
+    files = [Path(str(module.__file__)), tests / chosen.tests]
+    about = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    notes = Notes(out.with_name(f"{out.stem}.{target}.part"), about)
+    runner = Runner(chosen, module, only, notes)
     options = ["-q", "--no-header", "--tb=no", "--no-summary", "-s", "-p", "no:cacheprovider",
                "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # fmt: skip
     status = pytest.main([*options, str(tests / chosen.tests)], plugins=[runner])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise click.ClickException(f"pytest ended with {status}")
     unexplained = save(out, target, len(runner.mutants), runner.survivors)
+    notes.remove()
     click.echo(f"{len(runner.mutants)} mutants, {len(runner.survivors)} survive")
     if unexplained:
         raise click.ClickException("no reason for: " + "; ".join(unexplained))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from specdec.acceptance import RULES, reference
+from specdec.acceptance.checks import check
 from specdec.errors import InvalidArgumentError, InvalidLawError
 from specdec.evals import coupling, nightly_exact, wrong_rules
 from specdec.evals.enumeration import (
@@ -657,6 +658,8 @@ def test_chain_rules_refuse_a_branch(name: str) -> None:
 
 
 Q, OTHER = [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]
+HALF = Fraction(1, 2)
+NARROW, FIVE = [0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.3, 0.1]
 SIBLINGS: dict[str, list[tuple[int, Law]]] = {
     "iid": [(0, Q), (0, Q), (1, Q)],
     "without replacement": [(0, Q), (1, without(Q, {0})), (2, without(Q, {0, 1}))],
@@ -667,16 +670,35 @@ SIBLINGS: dict[str, list[tuple[int, Law]]] = {
     "deterministic, then the rest": [(0, point(0, Q)), (1, point(1, Q)), (2, without(Q, {0, 1}))],
     "deterministic in between": [(0, Q), (1, point(1, Q)), (2, without(Q, {0}))],
     "deterministic taken out too": [(0, Q), (1, point(1, Q)), (2, without(Q, {0, 1}))],
+    "deterministic taken out of one of two": [
+        (0, Q), (1, point(1, Q)), (2, Q), (3, without(Q, {0, 1}))
+    ],
+    "all that came earlier taken out": [(0, Q), (1, OTHER), (2, without(Q, {0, 1}))],
+    "two alike and narrow": [(0, NARROW), (1, NARROW), (2, without(NARROW, {0}))],
+    "narrow laws that share nothing": [(0, [0.5, 0.5, 0, 0]), (1, [0.5, 0.5, 0, 0]),
+                                       (2, [0, 0, 0.5, 0.5])],
+    "a narrower law": [(0, NARROW), (1, [0.5, 0.5, 0, 0])],
+    "the same law cut": [(0, Q), (1, without(Q, {3}))],
+    "another law that lacks the first": [(0, Q), (1, OTHER), (2, [0, 0.4, 0.3, 0.3])],
+    "one draft starts where another goes on": [
+        (1, without(FIVE, {0})), (0, FIVE), (2, without(FIVE, {0})), (4, point(4, FIVE)),
+        (3, without(FIVE, {0, 4})),
+    ],
 }  # fmt: skip
 FORGOTTEN: dict[str, list[tuple[int, Law]]] = {
     "the first": [(0, Q), (1, without(Q, {0})), (2, without(Q, {1}))],
     "the last": [(0, Q), (1, without(Q, {0})), (2, without(Q, {0}))],
     "one of three": [*SIBLINGS["without replacement"], (3, without(Q, {0, 2}))],
-}
+    "another draft's taken out instead": [(0, OTHER), (1, Q), (2, without(Q, {0}))],
+    "in a narrow law": [
+        (0, NARROW), (1, without(NARROW, {0})), (2, without(NARROW, {1})),
+    ],
+}  # fmt: skip
 
 
 def siblings(proposals: list[tuple[int, Law]]) -> Node:
-    return Node([0.25] * 4, [(x, q, Node([0.25] * 4)) for x, q in proposals])
+    p = [1 / len(proposals[0][1])] * len(proposals[0][1])
+    return Node(p, [(x, q, Node(p)) for x, q in proposals])
 
 
 @pytest.mark.parametrize("name", ["recursive", "traversal"])
@@ -695,14 +717,50 @@ def test_earlier_sibling_left_in_the_law_is_refused(
     assert caught.value.node == f"root/{proposals[-1][0]}"
 
 
-@pytest.mark.parametrize("name", [key for key in SIBLINGS if key != "iid"])
-def test_kseq_refuses_siblings_that_are_not_iid(name: str) -> None:
+UNLIKE: dict[str, list[tuple[int, Law]]] = {
+    **{name: proposals for name, proposals in SIBLINGS.items() if name != "iid"},
+    "two": [(0, Q), (1, OTHER)],
+    "less mass": [(0, [0.5, 0.5]), (0, [0.5, 0.5 - 1e-7])],
+    "fractions": [(0, [HALF, HALF]), (0, [HALF + Fraction(1, 10**12), HALF])],
+}
+ALIKE: dict[str, list[tuple[int, Law]]] = {
+    "iid": SIBLINGS["iid"],
+    "computed twice": [(0, Q), (1, [x * (1 + 1e-12) for x in Q])],
+    "by just as much as is allowed": [(0, [0.5, 0.5, 0.0]), (1, [0.5, 0.5, 1e-9])],
+    "list and tuple": [(0, [HALF, HALF]), (1, (HALF, HALF))],
+    "tuple and list": [(0, (HALF, HALF)), (1, [HALF, HALF])],
+}
+
+
+@pytest.mark.parametrize("proposals", UNLIKE.values(), ids=UNLIKE.keys())
+def test_kseq_refuses_siblings_that_are_not_iid(proposals: list[tuple[int, Law]]) -> None:
     with pytest.raises(InvalidLawError, match="iid from one law"):
-        reference.verify("kseq", siblings(SIBLINGS[name]), Asked())
+        reference.verify("kseq", siblings(proposals), Asked())
 
 
-def test_kseq_judges_iid_siblings() -> None:
-    assert reference.verify("kseq", siblings(SIBLINGS["iid"]), Asked())
+@pytest.mark.parametrize("proposals", ALIKE.values(), ids=ALIKE.keys())
+def test_kseq_judges_iid_siblings(proposals: list[tuple[int, Law]]) -> None:
+    assert reference.verify("kseq", siblings(proposals), Asked())
+
+
+def test_law_may_be_off_by_the_tolerance_and_no_more() -> None:
+    off = Fraction(1e-6)
+    assert reference.verify("greedy", Node([HALF, HALF + off]), Asked()) == [1]
+    with pytest.raises(InvalidLawError, match="sums to 1"):
+        reference.verify("greedy", Node([HALF, HALF + off * (1 + off)]), Asked())
+
+
+@dataclass
+class Unhashable:
+    p: Law
+    proposals: list[tuple[int, Any, "Unhashable"]] = field(default_factory=list)
+
+
+def test_shared_children_are_checked_once() -> None:
+    node = Unhashable([0.5, 0.5])
+    for _ in range(60):  # 2^60 paths
+        node = Unhashable([0.5, 0.5], [(0, [1.0, 0.0], node)] * 2)
+    check("recursive", node, lossy=False, params={})
 
 
 def test_unknown_rule_and_parameter_are_refused() -> None:

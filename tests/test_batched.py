@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.acceptance import RULES, batched, draw, reference, trees
+from specdec.acceptance import RULES, batched, draw, kseq, reference, trees
 from specdec.acceptance.batched import Outcome, TreeBatch
 from specdec.errors import InvalidLawError
 from specdec.rng import StepNoise
@@ -227,6 +227,9 @@ def random_batch(rng: random.Random, draft: str, dtype: torch.dtype) -> list[Cas
             depth = size
         kind = draws if draws != "one of each" else rng.choice(["point", "iid"])
         cases.append(random_case(rng, rng.choice(KINDS), V, kind, size, depth, width, dtype))
+    if draws == "point" and rng.random() < 0.7:  # the others hold laws that nobody reads
+        for case in cases:
+            case.tree, case.q = replace(case.tree, laws=None), []
     return cases
 
 
@@ -390,6 +393,137 @@ def test_planted_fault_is_seen(rule: str, fault: str, monkeypatch: pytest.Monkey
         assert disagreements(rule, batches) > 0
 
 
+@pytest.mark.parametrize("draft", ["iid", "without replacement", "several drafters", "mixed"])
+@pytest.mark.parametrize("rule", ["recursive", "kseq", "traversal"])
+def test_one_tree_under_many_coins(rule: str, draft: str) -> None:
+    draws, rules, _, _ = GROUPS[draft]
+    rng = random.Random(f"{rule} {draft}")
+    for kind in ("generic", "peaked", "truncated") * (rule in rules):
+        case = random_case(rng, kind, 5, draws, 8, 2, 4, torch.float64)
+        batch = Batch.of(rng, [case] * 40, torch.float64)
+        assert disagreements(rule, [batch]) == 0
+
+
+def test_kseq_judges_point_masses_and_drawn_siblings_side_by_side() -> None:
+    rng = random.Random(1)
+    p, q = [0.5, 0.2, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]
+    law = torch.tensor([q], dtype=torch.float64)
+    twice = TokenTree.build([0], [-1], [Proposal(-1, 0, POINT, 0)] * 2)
+    drawn = TokenTree.build(
+        [3, 2], [-1, -1], [Proposal(-1, x, Law("iid", 0), n) for n, x in ((0, 3), (1, 2))], law
+    )
+    for cases in ([Case(twice, [p] * 2, [])] * 60,
+                  [Case(twice, [p] * 2, []), Case(drawn, [p] * 3, [q])] * 40):  # fmt: skip
+        assert disagreements("kseq", [Batch.of(rng, cases, torch.float64)]) == 0
+
+
+# float32 sums decide late where q is almost p
+@pytest.mark.parametrize(("dtype", "error"), [("float64", 1e-14), ("float32", 0.05)])
+def test_rho_is_that_of_the_definition(dtype: str, error: float) -> None:
+    rng = random.Random(3)
+    pairs = [law_pair(rng, rng.choice(KINDS), 4) for _ in range(40)]
+    p, q = torch.tensor(pairs, dtype=DTYPES[dtype]).unbind(1)
+    k = torch.tensor([rng.randrange(1, 6) for _ in pairs], dtype=torch.float64)
+    wanted = [reference._kseq_rho(*pair, int(n)) for pair, n in zip(pairs, k, strict=True)]
+    assert kseq._rho(p, q, k).tolist() == pytest.approx(wanted, abs=error)
+
+
+# Rejections that only rounding could cause: coins of one, which no uniform is.
+
+LAW = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+
+
+def coins(accept: list[float], residual: float) -> StepNoise:
+    row = torch.full((1, len(accept)), residual)
+    return StepNoise(row, torch.tensor([accept])[..., None], row, row)
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "recursive", "kseq", "traversal"])
+@pytest.mark.parametrize(("u", "extra"), [(0.05, 0), (0.45, 2), (0.9, 3)])
+def test_nothing_is_drawn_from_an_empty_residual(rule: str, u: float, extra: int) -> None:
+    tree = TokenTree.chain(torch.tensor([1]), LAW)
+    p, noise = LAW.expand(2, -1), coins([0.5, 1.0], u)
+    assert judge(rule, TreeBatch.of([tree]), p, LAW, noise).tokens.tolist() == [[extra, -1]]
+
+
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+@pytest.mark.parametrize(("coin", "accepted"), [(0.4, 1), (0.6, 0)])
+def test_law_stands_where_a_rejection_left_nothing(rule: str, coin: float, accepted: int) -> None:
+    laws = torch.cat((LAW, LAW.flip(1)))
+    tree = TokenTree.build(
+        [3, 1], [-1, -1], [Proposal(-1, 3, Law("iid", 0), 0), Proposal(-1, 1, Law("iid", 1), 1)],
+        laws,
+    )  # fmt: skip
+    p = torch.tensor([[0.1, 0.15, 0.35, 0.4]], dtype=torch.float64).expand(3, -1)
+    laws[0] = p[0]  # the second's p / q is 0.5
+    outcome = judge(rule, TreeBatch.of([tree]), p, laws, coins([0.5, 1.0, coin], 0.5))
+    assert outcome.accepted.tolist() == [accepted]
+
+
+# Drawing.
+
+
+@pytest.mark.parametrize("V", [1, 3, 4, 8, 11])
+def test_two_levels_draw_what_one_draws(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw, "LARGE", 1)
+    monkeypatch.setattr(draw, "_BLOCK", 4)
+    rng = random.Random(V)
+    for _ in range(10):
+        law = [0] * V
+        for _ in range(64):
+            law[rng.randrange(V)] += 1
+        if V > 2:
+            law[rng.randrange(V - 1)] = 0
+        total = sum(law)  # small whole numbers: every sum and product is exact
+        wanted = [x for x, count in enumerate(law) for _ in range(count)]
+        u = (torch.arange(total, dtype=torch.float64) + 0.5) / total
+        assert draw.sample(torch.tensor([law] * total).float(), u).tolist() == wanted
+
+
+def test_rounded_block_sum_leads_to_no_token_of_weight_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exact = draw._block_sums
+    monkeypatch.setattr(draw, "LARGE", 1)
+    monkeypatch.setattr(draw, "_BLOCK", 4)
+    monkeypatch.setattr(draw, "_block_sums", lambda weights: exact(weights) * 1.01)
+    weights = torch.tensor([1.0, 2, 0, 0, 0, 3, 1, 0, 1, 0]).expand(400, -1)
+    found = draw.sample(weights, torch.arange(400) / 400)
+    assert found.unique().tolist() == [0, 1, 5, 6, 8]
+    assert found.equal(found.sort().values)
+
+
+@pytest.mark.parametrize("V", [1, 7, 8, 11])
+@pytest.mark.parametrize("large", [1, 100])
+def test_bad_law_draws_a_token_all_the_same(
+    V: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draw, "LARGE", large)
+    monkeypatch.setattr(draw, "_BLOCK", 4)
+    weights = torch.stack([torch.full((V,), value) for value in (math.nan, 0.0, math.inf, -1.0)])
+    for u in (0.0, 0.5, 1 - 2.0**-24):
+        found = draw.sample(weights, torch.full((4,), u))
+        assert ((found >= 0) & (found < V)).all()
+
+
+class Elsewhere(Tensor):
+    """Stands for a tensor that numpy cannot see."""
+
+    device = torch.device("cuda")  # type: ignore[assignment]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError(force)
+
+
+def test_logarithm_is_added_on_any_device() -> None:
+    law, noise = LAW.float(), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    wanted = (law.log() + noise).tolist()[0]
+    assert draw.plus_log(noise, law).tolist()[0] == pytest.approx(wanted)
+    found = draw.plus_log(noise.as_subclass(Elsewhere), law.as_subclass(Elsewhere))
+    assert found.tolist()[0] == pytest.approx(wanted)
+    assert noise.tolist() == [[1.0, 2.0, 3.0, 4.0]]
+
+
 @pytest.mark.parametrize(
     "rule", ["walk", "gumbel", "token", "block", "recursive", "kseq", "traversal"]
 )
@@ -526,6 +660,56 @@ def test_exhausted_law_and_foreign_token_are_refused() -> None:
                 batched.diagnose(rule, batch, p, q)
 
 
+@pytest.mark.parametrize("foreign", [4, 7, -1, 10**6])
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("rule", [*Q_RULES, "typical"])
+def test_token_outside_the_vocabulary_invalidates_its_sequence_alone(
+    rule: str, drawn: bool, foreign: int
+) -> None:
+    laws = torch.full((2, 4), 0.25) if drawn else None
+    good, bad = (TokenTree.chain(torch.tensor([1, x]), laws) for x in (2, foreign))
+    for members in ([good] * 3 + [bad, good], [good] * 3 + [bad, EMPTY]):
+        batch, p, q, noise = uniform_batch(members)
+        outcome = judge(rule, batch, p, q, noise)
+        assert outcome.valid.tolist() == [True, True, True, False, True]
+        alone = judge(rule, *uniform_batch([good])).tokens
+        assert outcome.tokens[:3].equal(alone.expand(3, -1))
+        with pytest.raises(InvalidLawError, match=rf"token {foreign} is not in 0\.\.3") as caught:
+            batched.diagnose(rule, batch, p, q)
+        assert caught.value.node == f"root/1/{foreign} of sequence 3"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+def test_bad_law_reaches_no_other_sequence(rule: str, value: float) -> None:
+    two = TokenTree.build(
+        [0, 1], [-1, -1], [Proposal(-1, x, Law("iid", x), x) for x in (0, 1)],
+        torch.full((2, 4), 0.25),
+    )  # fmt: skip
+    batch, p, q, _ = uniform_batch([two, PLAIN])
+    p[3] = torch.tensor([0.0, 0.0, 0.5, 0.5])  # the drafted 1 is rejected
+    noise = StepNoise(*(torch.full((2, 3, *last), 0.2) for last in ((), (1,), (), ())))
+    for law in (q[0].clone(), torch.full((4,), value)):
+        q[0] = law
+        outcome = judge(rule, batch, p, q, noise)
+        assert outcome.tokens[1].tolist() == [2, -1, -1]
+        assert outcome.valid.tolist() == [math.isfinite(law[0]), True]
+
+
+def test_typical_breaks_ties_by_row_whatever_was_drawn_first() -> None:
+    tree = TokenTree.build([0, 1], [-1, -1], [Proposal(-1, x, POINT, x) for x in (1, 0)])
+    batch, p, q, noise = uniform_batch([tree])
+    assert batched.typical(batch, p, q, noise).tokens.tolist() == [[0, 2]]
+
+
+def test_typical_takes_more_than_the_threshold() -> None:
+    batch, p, q, noise = uniform_batch([TokenTree.build([0], [-1])])
+    p[0] = torch.tensor([0.25, 0.75, 0.0, 0.0])
+    for eps, accepted in ((0.25, 0), (0.24, 1)):
+        found = batched.typical(batch, p, q, noise, eps=eps, delta=1.0)
+        assert found.accepted.tolist() == [accepted]
+
+
 @pytest.mark.parametrize(
     ("rule", "tree", "reason"),
     [
@@ -543,14 +727,24 @@ def test_rule_refuses_drafts_it_is_not_valid_for(rule: str, tree: TokenTree, rea
 
 
 @pytest.mark.parametrize("rule", Q_RULES)
-def test_missing_and_misshapen_laws_are_refused(rule: str) -> None:
-    batch, p, q, noise = uniform_batch([PLAIN])
-    with pytest.raises(InvalidLawError, match="2 laws are missing"):
+def test_missing_laws_are_refused(rule: str) -> None:
+    batch, p, _, noise = uniform_batch([PLAIN])
+    with pytest.raises(InvalidLawError, match="2 laws are missing") as caught:
         judge(rule, batch, p, None, noise)
-    with pytest.raises(InvalidLawError, match="stored laws are"):
-        judge(rule, batch, p, q[:1], noise)
-    with pytest.raises(InvalidLawError, match="p is"):
-        judge(rule, batch, p[:2], q, noise)
+    assert caught.value.rule == rule
+
+
+@pytest.mark.parametrize("rule", [*Q_RULES, "walk", "typical"])
+def test_misshapen_laws_are_refused(rule: str) -> None:
+    batch, p, q, noise = uniform_batch([PLAIN])
+    for few in (q[:1], q[:, :3], q[0]):
+        with pytest.raises(InvalidLawError, match="stored laws are") as caught:
+            judge(rule, batch, p, few, noise)
+        assert caught.value.rule == rule
+    for few in (p[:2], p[0], p.expand(2, -1, -1)):
+        with pytest.raises(InvalidLawError, match="p is") as caught:
+            judge(rule, batch, few, q, noise)
+        assert caught.value.rule == rule
 
 
 def test_sound_laws_pass_the_diagnosis() -> None:

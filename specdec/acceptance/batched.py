@@ -119,7 +119,8 @@ def token(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
         return _extra_only(batch, p, noise)
     if not layout.is_plain:
         return recursive(batch, p, q, noise)  # the same rule, where each row has one proposal
-    p_drafted, q_drafted = _drafted(batch, p, q)
+    inside = _inside(batch, p)
+    p_drafted, q_drafted = _drafted(inside, p, q)
     coins = noise.accept[:, 1 : layout.depth + 1, 0]
     if q_drafted is not None:
         coins = coins * _by_node(layout, q_drafted)
@@ -127,8 +128,8 @@ def token(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
     keep = coins < _by_node(layout, p_drafted)
     if not layout.is_even:
         keep &= layout.inside
-    is_valid = _valid(batch, p, q, q_drafted)
-    return _finish(batch, p, q, keep.cumprod(1).sum(1), None, noise, is_valid)
+    is_valid = _valid(batch, inside, p, q, q_drafted)
+    return _finish(inside, p, q, keep.cumprod(1).sum(1), None, noise, is_valid)
 
 
 def block(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Outcome:
@@ -139,7 +140,8 @@ def block(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
         return _extra_only(batch, p, noise)
     if not layout.is_plain:
         return traversal(batch, p, q, noise)  # the same rule, where each row has one proposal
-    p_drafted, q_drafted = _drafted(batch, p, q)
+    inside = _inside(batch, p)
+    p_drafted, q_drafted = _drafted(inside, p, q)
     ratios = p_drafted.double() if q_drafted is None else p_drafted.double() / q_drafted
     weights = _weights(_by_node(layout, ratios)).to(p.dtype)
     # h_i for 1 <= i < g needs the residual mass of the next position; h_g = w_g.
@@ -158,7 +160,8 @@ def block(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
     # the LARGEST success: the coins are independent, and a failed one stops nothing
     accepted = (success * layout.steps[1:]).amax(1)
     weight = weights.gather(1, accepted[:, None])
-    return _finish(batch, p, q, accepted, weight, noise, _valid(batch, p, q, q_drafted))
+    is_valid = _valid(batch, inside, p, q, q_drafted)
+    return _finish(inside, p, q, accepted, weight, noise, is_valid)
 
 
 def _weights(ratios: Tensor) -> Tensor:
@@ -199,6 +202,11 @@ def _by_node(layout: Layout, packed: Tensor) -> Tensor:
     if layout.is_even:
         return packed.view(layout.inside.shape + packed.shape[1:])
     return packed[layout.chain_nodes[:, :-1]]
+
+
+def _inside(batch: TreeBatch, p: Tensor) -> TreeBatch:
+    """The batch with tokens inside the vocabulary, whatever came."""
+    return TreeBatch(batch.layout, batch.tokens.clamp(0, p.shape[1] - 1))
 
 
 def _drafted(batch: TreeBatch, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -244,15 +252,19 @@ def _extra_only(batch: TreeBatch, p: Tensor, noise: StepNoise) -> Outcome:
     return Outcome(torch.zeros_like(extra), extra[:, None], path, is_law(p))
 
 
-def _valid(batch: TreeBatch, p: Tensor, q: Tensor | None, q_drafted: Tensor | None) -> Tensor:
-    """(B,) whether every law of a sequence is one, and every drafted token has mass in its own."""
-    layout = batch.layout
+def _valid(
+    batch: TreeBatch, inside: TreeBatch, p: Tensor, q: Tensor | None, q_drafted: Tensor | None
+) -> Tensor:
+    """(B,) whether every law of a sequence is one, and every drafted token is in the vocabulary and
+    has mass in its own law."""
+    held = inside.tokens == batch.tokens
     if q is None or q_drafted is None:
-        return _by_row(layout, is_law(p)).all(1)
-    # both at once: on small laws the number of calls is what costs
-    sound = are_laws(torch.cat((p.sum(-1), q.sum(-1))), torch.cat((p.amin(-1), q.amin(-1))))
-    sound[p.shape[0] :].logical_and_(q_drafted > 0)
-    return sound[layout.checked].all(1)
+        sound = torch.cat((is_law(p), held))
+    else:
+        # both at once: on small laws the number of calls is what costs
+        sound = are_laws(torch.cat((p.sum(-1), q.sum(-1))), torch.cat((p.amin(-1), q.amin(-1))))
+        sound[p.shape[0] :].logical_and_(held).logical_and_(q_drafted > 0)
+    return sound[batch.layout.checked].all(1)
 
 
 # The rules that judge laws by a step's coins; greedy and gumbel read no coins.

@@ -21,7 +21,7 @@ _RULES = sorted((*_Q_RULES, "greedy", "gumbel", "typical", "walk"))
 Law = Sequence[Probability]
 
 
-def check(rule: str, root: Node, *, lossy: bool = False, params: Mapping[str, float]) -> None:
+def check(rule: str, root: Node, *, lossy: bool, params: Mapping[str, float]) -> None:
     """Raises InvalidArgumentError for an unknown rule, a parameter it does not take or a lossy rule
     without lossy=True, InvalidLawError for laws and trees that it is not defined for."""
     if rule not in _RULES:

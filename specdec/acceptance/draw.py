@@ -29,11 +29,11 @@ def _sample_blocks(weights: Tensor, uniforms: Tensor) -> Tensor:
     block = _first_above(above, wanted)
     left = wanted - torch.where(block > 0, above.gather(1, (block - 1).clamp_min_(0)), 0.0)
     inside = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
-    part = weights.gather(1, inside.clamp_max(end - 1)) * (inside < end)
-    sums = part.cumsum(-1, dtype=torch.float64)
+    # past the end the last weight repeats, and whoever is found there is the last token
+    sums = weights.gather(1, inside.clamp_max_(end - 1)).cumsum(-1, dtype=torch.float64)
     # The block's sum was rounded: what is left may reach the sum of its parts, never pass it.
     left = torch.minimum(left, sums[:, -1:] * (1 - 2.0**-53))
-    return (block * _BLOCK + _first_above(sums, left)).squeeze(1)
+    return inside.gather(1, _first_above(sums, left)).squeeze(1)
 
 
 def largest(scores: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def _rho(p: Tensor, q: Tensor, k: Tensor) -> Tensor:
         beta = _shared(p, q, rho).sum(-1).double()
         return 1 - (1 - beta) ** k <= rho * beta
 
-    low, high = torch.ones_like(k), k.clone()
+    low, high = torch.ones_like(k), k
     at_once = is_valid(low)
     for _ in range(60 if p.dtype == torch.float64 else 30):  # to the last bit of the sums
         middle = (low + high) / 2
@@ -86,6 +86,6 @@ def _extra(
     scale = torch.where(beta > 0, (1 - (1 - beta) ** k) / beta, 0.0)
     left = torch.addcmul(law, kept, scale[:, None].to(p.dtype), value=-1).clamp_min_(0)
     rejected = found.has_draws[last]
-    use_p = (left.sum(-1) <= 0) | rejected.logical_not()
+    use_p = left.sum(-1) <= 0  # in a leaf k is 0, and left is p already
     coin = torch.where(rejected, noise.residual[b, row], noise.bonus[b, row])
     return sample(torch.where(use_p[:, None], law, left), coin)

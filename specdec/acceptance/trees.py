@@ -72,8 +72,7 @@ def traversal(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -
         entry = (rest.weight[turn.parents] * ratio).clamp_max_(1)
         rest.weight[turn.rows[turn.fresh]] = entry[turn.fresh]
         rest.reject(turn, scale, needed=True)
-    passed = noise.accept[layout.row_sequence, layout.local, 0] < rest.weight
-    passed[layout.roots] = True
+    passed = noise.accept[layout.row_sequence, layout.local, 0] < rest.weight  # the root's is 1
     first = passed[found.post_order].long().argmax(1, keepdim=True)
     last = found.post_order.gather(1, first).squeeze(1)
     return outcome(batch, last, rest.draw(last, noise), valid(batch, p, q) & rest.sound())
@@ -106,7 +105,7 @@ def typical(
     depth = torch.where(alive, found.row_depths, -1)[order]
     longest = depth == depth.amax(1, keepdim=True)
     score = torch.where(longest, score[order], -torch.inf)
-    first = (longest & (score == score.amax(1, keepdim=True))).long().argmax(1, keepdim=True)
+    first = score.argmax(1, keepdim=True)
     last = order.gather(1, first).squeeze(1)
     coin = noise.bonus[layout.row_sequence[last], layout.local[last]]
     return outcome(batch, last, sample(p[last], coin), valid(batch, p, q))
@@ -237,7 +236,7 @@ def outcome(batch: TreeBatch, last: Tensor, extra: Tensor, is_valid: Tensor) -> 
     passed = layout.steps[:-1] < accepted[:, None]
     line = found.lineage[last][:, 1:]
     path = torch.where(passed, line, -1)
-    carried = torch.full_like(layout.row_sequence, -1)
+    carried = torch.zeros_like(layout.row_sequence)  # a root carries nothing and is not read
     carried[layout.node_rows] = batch.tokens
     emitted = torch.cat((torch.where(passed, carried[line], -1), layout.blank), 1)
     emitted.scatter_(1, accepted[:, None], extra[:, None])
