@@ -11,13 +11,14 @@ that was interrupted goes on where it stopped, if neither the module nor the tes
 
 import ast
 import copy
+import gc
 import hashlib
 import importlib
 import json
 import os
-import resource
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def _of_batched(test: str) -> bool:
 
 
 def _few_cases(tests: ModuleType) -> None:
-    """50 random batches of trees per group of drafts, not thousands."""
+    """50 random trees per group of drafts, not thousands."""
+    vars(tests)["LARGE_BATCHES"] = 2
     for name, (*group, _) in tests.GROUPS.items():
         tests.GROUPS[name] = (*group, 50)
 
@@ -242,49 +244,62 @@ class Runner:
         self.survivors = list[Mutant]()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        # from the end of the file: examples there, enumerations before them
-        items[:] = [item for item in reversed(items) if self._target.select(item.name)]
+        items[:] = [item for item in items if self._target.select(item.name)]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         for tests in {item.module for item in session.items if isinstance(item, pytest.Function)}:
             self._target.prepare(tests)
-        before = _cpu_seconds()
-        if not self._passes(session, None, 600):
+        seconds, items = self._until_failure(session, None, 600), session.items
+        if len(seconds) < len(items):
             raise click.ClickException("the tests fail without a mutation")
-        limit = 2 * (_cpu_seconds() - before) + 1  # a mutant that never ends is killed too
+        # the quick ones first, and before them what killed the mutants before
+        items[:] = [items[i] for i in sorted(range(len(items)), key=lambda i: seconds[i])]
+        limit = 2 * sum(seconds) + 5  # of processor time: a mutant that never ends is killed too
+        gc.collect()
+        gc.freeze()  # or every child copies the pages that a collection marks
         for mutant in tqdm(self._chosen, mininterval=2, file=sys.__stderr__):
             if mutant.name not in self._notes.verdicts:
-                self._notes.add(mutant.name, survives=self._passes(session, mutant, limit))
+                passed = len(self._until_failure(session, mutant, limit))
+                items[:] = [*items[passed : passed + 1], *items[:passed], *items[passed + 1 :]]
+                self._notes.add(mutant.name, survives=passed == len(items))
             if self._notes.verdicts[mutant.name]:
                 self.survivors.append(mutant)
         return True
 
-    def _passes(self, session: pytest.Session, mutant: Mutant | None, limit: float) -> bool:
+    def _until_failure(
+        self, session: pytest.Session, mutant: Mutant | None, limit: float
+    ) -> list[float]:
+        """Seconds of each test that passed, in order, until one failed."""
+        reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            self._run(session, mutant, limit)
-        _, status = os.waitpid(child, 0)
-        return status == 0
+            self._run(session, mutant, limit, writing)
+        os.close(writing)
+        with os.fdopen(reading) as report:
+            seconds = [float(line) for line in report]
+        os.waitpid(child, 0)
+        return seconds
 
-    def _run(self, session: pytest.Session, mutant: Mutant | None, limit: float) -> None:
+    def _run(
+        self, session: pytest.Session, mutant: Mutant | None, limit: float, report: int
+    ) -> None:
         """In the child; never returns."""
         signal.setitimer(signal.ITIMER_PROF, limit)
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        code = 1
         try:
             if mutant is not None:
                 _install(mutated(self._source, mutant), self._module)
             for item, following in zip_longest(session.items, session.items[1:]):
+                before = time.process_time()
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 if session.testsfailed:
                     break
-            else:
-                code = 0
+                os.write(report, f"{time.process_time() - before}\n".encode())
         finally:
-            os._exit(code)
+            os._exit(0)
 
 
 class Notes:
@@ -319,11 +334,6 @@ def _install(tree: ast.Module, module: ModuleType) -> None:
         for name, value in list(vars(user).items()):
             if id(value) in renewed:
                 setattr(user, name, renewed[id(value)])
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def load_reasons(out: Path, target: str) -> dict[str, str]:

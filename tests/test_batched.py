@@ -211,6 +211,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], int, int]] = {
     "several drafters": ("several", ANY, 2, 1200),
     "mixed": ("mixed", ANY, 2, 1200),
 }
+LARGE_BATCHES = 8  # per group, of those whose vocabulary counts as large
 SIZES = [(0, 0), (1, 1), (3, 3), (5, 2), (8, 4), (14, 3)]
 
 
@@ -509,7 +510,7 @@ def test_bad_law_draws_a_token_all_the_same(
 class Elsewhere(Tensor):
     """Stands for a tensor that numpy cannot see."""
 
-    device = torch.device("cuda")  # type: ignore[assignment]
+    device = torch.device("cuda")
 
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError(force)
@@ -535,7 +536,7 @@ def test_large_vocabulary_is_searched_on_two_levels(
     monkeypatch.setattr(draw, "_BLOCK", 3)
     rng = random.Random(rule)
     for draft in [name for name, (_, rules, _, _) in GROUPS.items() if rule in rules]:
-        for _ in range(8):
+        for _ in range(LARGE_BATCHES):
             batch = Batch.of(rng, random_batch(rng, draft, torch.float64), torch.float64)
             assert disagreements(rule, [batch]) == 0
 
