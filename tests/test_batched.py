@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.acceptance import RULES, batched, draw, kseq, reference, trees
+from specdec.acceptance import RULES, batched, draw, kseq, laws, reference, trees
 from specdec.acceptance.batched import Outcome, TreeBatch
 from specdec.errors import InvalidLawError
 from specdec.rng import StepNoise
@@ -574,6 +574,11 @@ FORK = TokenTree.build(
     [0, 1], [-1, -1],
     [Proposal(-1, x, Law("without_replacement", 0), x) for x in (0, 1)], torch.full((1, 4), 0.25),
 )  # fmt: skip
+FORKED_TWICE = TokenTree.build(  # breadth first: the siblings' draws do not follow one another
+    [0, 1, 2], [-1, 0, -1],
+    [Proposal(-1, 0, Law("iid", 0), 0), Proposal(0, 1, POINT, 1), Proposal(-1, 2, POINT, 2)],
+    torch.full((1, 4), 0.25),
+)  # fmt: skip
 EMPTY = TokenTree.empty(torch.device("cpu"))
 Q_RULES = ["token", "block", "recursive", "kseq", "traversal"]
 
@@ -718,6 +723,7 @@ def test_typical_takes_more_than_the_threshold() -> None:
         ("block", FORK, "judges chains"),
         ("kseq", FORK, "not iid"),
         ("kseq", TokenTree.build([0, 1], [-1, -1]), "not iid"),
+        ("kseq", FORKED_TWICE, "not iid"),
     ],
 )
 def test_rule_refuses_drafts_it_is_not_valid_for(rule: str, tree: TokenTree, reason: str) -> None:
@@ -739,11 +745,13 @@ def test_missing_laws_are_refused(rule: str) -> None:
 def test_misshapen_laws_are_refused(rule: str) -> None:
     batch, p, q, noise = uniform_batch([PLAIN])
     for few in (q[:1], q[:, :3], q[0]):
-        with pytest.raises(InvalidLawError, match="stored laws are") as caught:
+        with pytest.raises(
+            InvalidLawError, match=r"stored laws are .*trees name \(2, 4\)"
+        ) as caught:
             judge(rule, batch, p, few, noise)
         assert caught.value.rule == rule
-    for few in (p[:2], p[0], p.expand(2, -1, -1)):
-        with pytest.raises(InvalidLawError, match="p is") as caught:
+    for few in (p[:2], p[0], p[:, 0], p[:, None]):
+        with pytest.raises(InvalidLawError, match=r"p is .*expected \(3, V\)") as caught:
             judge(rule, batch, few, q, noise)
         assert caught.value.rule == rule
 
@@ -752,6 +760,78 @@ def test_sound_laws_pass_the_diagnosis() -> None:
     batch, p, q, _ = uniform_batch([PLAIN, EMPTY, PLAIN])
     for rule in RULES:
         batched.diagnose(rule, batch, p, q)
+
+
+def test_law_sums_to_one_within_a_thousandth() -> None:
+    sums = [1.0, 0.9995, 1.0005, 0.998, 1.002, 0.5, 1.5]
+    rows = [[0.0, 0.25, x - 0.25] for x in sums]
+    bad = [[0.5, 0.75, -0.25], [math.nan, 0.5, 0.5], [math.inf, 0.0, 0.0]]
+    for dtype in DTYPES.values():
+        found = laws.is_law(torch.tensor([*rows, *bad], dtype=dtype))
+        assert found.tolist() == [True] * 3 + [False] * 7
+
+
+def test_kseq_judges_one_draw_without_replacement() -> None:
+    single = TokenTree.build(
+        [0], [-1], [Proposal(-1, 0, Law("without_replacement", 0), 0)], torch.full((1, 4), 0.25)
+    )
+    batch, p, q, noise = uniform_batch([single])
+    assert judge("kseq", batch, p, q, noise).tokens.tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("rule", [*Q_RULES, "walk", "typical"])
+def test_laws_that_no_draw_names_may_be_empty(rule: str) -> None:
+    points = TokenTree.chain(torch.tensor([1, 2]))
+    batch, p, _, noise = uniform_batch([points, points])
+    found = [judge(rule, batch, p, q, noise) for q in (None, torch.empty(0, 4))]
+    assert all(outcome.valid.all() for outcome in found)
+    assert found[0].tokens.equal(found[1].tokens)
+
+
+@pytest.mark.parametrize("rule", ["walk", "typical"])
+def test_rules_that_read_no_draft_law_need_none(rule: str) -> None:
+    batch, p, q, noise = uniform_batch([PLAIN, FORK])
+    found = [judge(rule, batch, p, laws, noise) for laws in (q, None)]
+    assert all(outcome.valid.all() for outcome in found)
+    assert found[0].tokens.equal(found[1].tokens)
+    batched.diagnose(rule, batch, p, None)
+
+
+# The batch of PLAIN and FORK: rows of p, then stored laws.
+NEGATIVE, HEAVY, SPARSE = [-0.25, 0.5, 0.5, 0.25], [0.25, 0.25, 0.25, 0.5], [0.25, 0.0, 0.5, 0.25]
+LIGHT = [0.25, 0.0, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("p_rows", "q_rows", "node", "reason"),
+    [
+        ({0: HEAVY}, {}, "root of sequence 0", "the target's law sums to 1.25, not 1"),
+        ({3: LIGHT}, {}, "root of sequence 1", "the target's law sums to 0.75, not 1"),
+        ({2: NEGATIVE}, {}, "root/1/2 of sequence 0",
+         "the target's law has a negative or NaN entry"),
+        ({5: HEAVY}, {0: HEAVY}, "root/1 of sequence 1", "the target's law sums to 1.25, not 1"),
+        ({1: HEAVY, 4: NEGATIVE}, {}, "root/1 of sequence 0",
+         "the target's law sums to 1.25, not 1"),
+        ({}, {0: HEAVY}, "root/1 of sequence 0", "the draft's law sums to 1.25, not 1"),
+        ({}, {1: HEAVY}, "root/1/2 of sequence 0", "the draft's law sums to 1.25, not 1"),
+        ({}, {2: NEGATIVE}, "root/0 of sequence 1", "the draft's law has a negative or NaN entry"),
+        ({}, {2: HEAVY}, "root/0 of sequence 1", "the draft's law sums to 1.25, not 1"),
+        ({}, {1: HEAVY, 2: LIGHT}, "root/1 of sequence 1", "the draft's law sums to 0.75, not 1"),
+        ({}, {1: HEAVY, 2: SPARSE}, "root/1 of sequence 1",
+         "the drafted token has no mass in its law q"),
+    ],
+)  # fmt: skip
+def test_diagnosis_names_node_and_reason(
+    p_rows: dict[int, Vector], q_rows: dict[int, Vector], node: str, reason: str
+) -> None:
+    batch, p, q, _ = uniform_batch([PLAIN, FORK])
+    for held, rows in ((p, p_rows), (q, q_rows)):
+        for row, law in rows.items():
+            held[row] = torch.tensor(law)
+    with pytest.raises(InvalidLawError) as caught:
+        batched.diagnose("traversal", batch, p, q)
+    assert (caught.value.rule, caught.value.node) == ("traversal", node)
+    assert caught.value.reason == reason
 
 
 def test_every_rule_is_batched() -> None:

@@ -119,7 +119,7 @@ def token(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
         return _extra_only(batch, p, noise)
     if not layout.is_plain:
         return recursive(batch, p, q, noise)  # the same rule, where each row has one proposal
-    inside = _inside(batch, p)
+    inside, q = _inside(batch, p), q if layout.laws else None
     p_drafted, q_drafted = _drafted(inside, p, q)
     coins = noise.accept[:, 1 : layout.depth + 1, 0]
     if q_drafted is not None:
@@ -140,7 +140,7 @@ def block(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Ou
         return _extra_only(batch, p, noise)
     if not layout.is_plain:
         return traversal(batch, p, q, noise)  # the same rule, where each row has one proposal
-    inside = _inside(batch, p)
+    inside, q = _inside(batch, p), q if layout.laws else None
     p_drafted, q_drafted = _drafted(inside, p, q)
     ratios = p_drafted.double() if q_drafted is None else p_drafted.double() / q_drafted
     weights = _weights(_by_node(layout, ratios)).to(p.dtype)

@@ -125,7 +125,7 @@ class Remainder:
     found: Branches
     tokens: Tensor  # (nodes,) inside the vocabulary, whatever came
     p: Tensor  # (R, V)
-    q: Tensor | None  # (L, V)
+    q: Tensor | None  # (L, V), L > 0
     weight: Tensor  # (R,) float64; 1 where the rule has none
     mass: Tensor  # (R,) float64, of the remainder
     share: Tensor  # (R, places) of each stored law in use
@@ -136,7 +136,8 @@ class Remainder:
         found = batch.layout.branches()
         ones = torch.ones(p.shape[0], dtype=torch.float64, device=p.device)
         return Remainder(
-            batch, found, batch.tokens.clamp(0, p.shape[1] - 1), p, q, ones, ones.clone(),
+            batch, found, batch.tokens.clamp(0, p.shape[1] - 1), p,
+            q if batch.layout.laws else None, ones, ones.clone(),
             torch.zeros_like(found.laws_used, dtype=p.dtype), torch.zeros_like(found.has_draws),
         )  # fmt: skip
 
