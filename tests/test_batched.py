@@ -220,8 +220,9 @@ def random_batch(rng: random.Random, draft: str, dtype: torch.dtype) -> list[Cas
     V = rng.choice([2, 3, 3, 4, 7])
     draws, _, width, _ = GROUPS[draft]
     cases = []
+    even = rng.choice(SIZES) if rng.random() < 0.3 else None
     for _ in range(rng.choice([1, 2, 5, 9, 30])):
-        size, depth = rng.choice(SIZES)
+        size, depth = even or rng.choice(SIZES)
         if rng.random() < 0.004:
             size = depth = 64
         if width == 1:
@@ -609,18 +610,16 @@ def test_bad_target_row_invalidates_its_sequence_alone(rule: str, value: float) 
         if rule in ("token", "block", "kseq") and members[0] is FORK:
             continue
         batch, p, q, noise = uniform_batch(members)
-        last = batch.row_offsets[-1] - 1
-        p[last, 1:3] = torch.tensor([value, 0.5 - value])
         if rule == "greedy" and math.isfinite(value):
             continue  # it reads logits
-        if value == 0.5:
-            p[last, 2] = 0.25
-        outcome = judge(rule, batch, p, q, noise)
-        assert outcome.valid.tolist() == [True, True, False]
-        assert not outcome.tokens.isnan().any()
-        with pytest.raises(InvalidLawError, match="of sequence 2: the target's law") as caught:
-            batched.diagnose(rule, batch, p, q)
-        assert caught.value.rule == rule
+        for row in (batch.row_offsets[-1] - 1, batch.row_offsets[-2]):
+            bad = p.clone()
+            bad[row, 1:3] = torch.tensor([value, 0.25 if value == 0.5 else 0.5 - value])
+            outcome = judge(rule, batch, bad, q, noise)
+            assert outcome.valid.tolist() == [True, True, False]
+            with pytest.raises(InvalidLawError, match="of sequence 2: the target's law") as caught:
+                batched.diagnose(rule, batch, bad, q)
+            assert caught.value.rule == rule
 
 
 @pytest.mark.parametrize("value", [math.nan, 0.5, -0.25, 0.0])
@@ -702,6 +701,71 @@ def test_bad_law_reaches_no_other_sequence(rule: str, value: float) -> None:
         assert outcome.valid.tolist() == [math.isfinite(law[0]), True]
 
 
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_nothing_is_accepted_where_nothing_was_drafted(rule: str) -> None:
+    batch, p, q, noise = uniform_batch([EMPTY] * 3)
+    p[:] = torch.tensor([0.125, 0.125, 0.25, 0.5])
+    outcome = judge(rule, batch, p, q, noise)
+    assert outcome.accepted.tolist() == [0, 0, 0]
+    assert outcome.tokens.tolist() == [[3]] * 3  # by the uniform 0.5 too
+    assert outcome.path.shape == (3, 0)
+    assert outcome.valid.tolist() == [True] * 3
+
+
+@pytest.mark.parametrize("large", [1, 1000])
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_rule_leaves_what_it_reads_as_it_was(
+    rule: str, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (draw, batched, trees):
+        monkeypatch.setattr(module, "LARGE", large)
+    for members in ([PLAIN] * 3, [PLAIN, EMPTY, PLAIN], [FORK, PLAIN]):
+        if rule in ("token", "block", "kseq") and members[0] is FORK:
+            continue
+        batch, p, q, noise = uniform_batch(members)
+        layout, found = batch.layout, batch.layout.branches()
+        held = {f"{of}.{name}": getattr(of, name) for of in (layout, found, noise, batch)
+                for name in of.__slots__}  # fmt: skip
+        held |= {"p": p, "q": q}
+        before = {name: x.clone() for name, x in held.items() if isinstance(x, Tensor)}
+        judge(rule, batch, p, q, noise)
+        assert all(held[name].equal(x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("rule", ["walk", "token", "block", "recursive", "kseq", "traversal"])
+def test_noise_may_have_more_rows_than_the_trees(rule: str) -> None:
+    rng = random.Random(2)
+    for draft in ("chain iid", "chain point"):
+        for _ in range(6):
+            batch = Batch.of(rng, random_batch(rng, draft, torch.float64), torch.float64)
+            before = batch.fast(rule)
+            batch.noise = StepNoise(
+                *(
+                    torch.cat((held, torch.rand(held.shape[0], 3, *held.shape[2:])), 1)
+                    for held in (getattr(batch.noise, name) for name in StepNoise.__slots__)
+                )
+            )
+            assert batch.fast(rule).tokens.equal(before.tokens)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_tiny_draft_probability_overflows_nowhere(rule: str) -> None:
+    tiny = 1e-39  # p / q is infinite in float32
+    q = torch.tensor([[0.5, 0.5], [1.0, tiny]])
+    p = torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]])
+    batch = TreeBatch.of([TokenTree.chain(torch.tensor([1, 1]), q)])
+    u = torch.full((1, 3), 0.5)
+    outcome = judge(rule, batch, p, q, StepNoise(u, u[..., None], u, u))
+    assert outcome.tokens.tolist() == [[0, -1, -1]]
+    assert outcome.valid.all()
+
+
+def test_walk_refuses_a_tree_with_a_token_outside_the_vocabulary() -> None:
+    good, bad = (TokenTree.build([0, x], [-1, -1]) for x in (1, 7))
+    batch, p, q, noise = uniform_batch([good, bad])
+    assert judge("walk", batch, p, q, noise).valid.tolist() == [True, False]
+
+
 def test_typical_breaks_ties_by_row_whatever_was_drawn_first() -> None:
     tree = TokenTree.build([0, 1], [-1, -1], [Proposal(-1, x, POINT, x) for x in (1, 0)])
     batch, p, q, noise = uniform_batch([tree])
@@ -750,6 +814,8 @@ def test_misshapen_laws_are_refused(rule: str) -> None:
         ) as caught:
             judge(rule, batch, p, few, noise)
         assert caught.value.rule == rule
+        with pytest.raises(InvalidLawError, match="stored laws are"):
+            batched.diagnose(rule, batch, p, few)
     for few in (p[:2], p[0], p[:, 0], p[:, None]):
         with pytest.raises(InvalidLawError, match=r"p is .*expected \(3, V\)") as caught:
             judge(rule, batch, few, q, noise)
