@@ -30,10 +30,13 @@ from specdec.verifier import Verifier
 PAGE_SIZE = 16
 # Vocabularies of one tokenizer differ in padding rows only; more than this is another tokenizer.
 MAX_PADDING_ROWS = 1024
-# The rules that need or gain most from one way of drafting trees.
-_TREE_KINDS = {"gumbel": "coupled", "kseq": "iid"}
+# The rules that need or gain most from one way of drafting: its kind, by rule and proposer.
+_KINDS = {
+    "gumbel": dict.fromkeys(("draft", "tree", "dynamic_tree"), "coupled"),
+    "kseq": {"tree": "iid"},
+}
 # Options of a proposer that say what shape is drafted: like a number, they are kept to.
-_NAMED_SHAPES = {"tree", "shape"}
+_NAMED_SHAPES = {"tree", "shape", "nodes", "width"}
 # Up to here torch's operators around the compiled kernels are too small for a second thread.
 _LIGHT_ROWS, _LIGHT_LOGITS = 32, 1 << 19
 _DEFAULT_KV_BYTES = 2 << 30
@@ -84,15 +87,18 @@ class Engine:
         self.target = _runner(target)
         options = dict(proposer_options or {})
         if tree is not None:
-            proposer = _tree_proposer(proposer, tree, num_draft_tokens, verification, options)
-        self.proposer = _make_proposer(proposer, draft, self.target, options, draft_window)
+            proposer = _tree_proposer(proposer, tree, num_draft_tokens, options)
+        self.proposer = _make_proposer(
+            proposer, draft, self.target, verification, options, draft_window
+        )
         # a draft with side branches fills more slots than it can add tokens
-        self._spare_slots = (self.proposer and self.proposer.preferred_nodes) or 0
+        self._spare_slots = self.proposer.spare_slots if self.proposer is not None else 0
+        preferred = self.proposer.preferred_nodes if self.proposer is not None else None
         has_shape = policy == "auto" and not _NAMED_SHAPES.isdisjoint(options)
-        if (policy == "constant" or has_shape) and num_draft_tokens == "auto" and self._spare_slots:
-            num_draft_tokens = self._spare_slots
+        if (policy == "constant" or has_shape) and num_draft_tokens == "auto" and preferred:
+            num_draft_tokens = preferred
         if draft_window is not None and isinstance(num_draft_tokens, int):
-            _check_window(draft_window, num_draft_tokens)
+            _check_window(draft_window, max(num_draft_tokens, self._spare_slots))
         self.policy = make_policy(policy, num_draft_tokens)
         self.noise = noise or PhiloxNoise()
         self.group = CacheGroup(PAGE_SIZE, 0, self.target.device)
@@ -409,7 +415,7 @@ def _check_window(window: Any, nodes: int) -> None:
 
 def _tree_proposer(
     proposer: str | Proposer | None, tree: Items[int], num_draft_tokens: int | str,
-    verification: str, options: dict[str, Any],
+    options: dict[str, Any],
 ) -> str:  # fmt: skip
     """The name behind tree=; its options go into `options`."""
     widths = expansion(tree)
@@ -423,14 +429,12 @@ def _tree_proposer(
             f"expected at least {widths[0]}, or 'auto'"
         )
     options["tree"] = widths
-    if verification in _TREE_KINDS:
-        options.setdefault("kind", _TREE_KINDS[verification])
     return DraftTreeProposer.name
 
 
 def _make_proposer(
-    proposer: str | Proposer | None, draft: Any, target: Runner, options: dict[str, Any],
-    window: int | None,
+    proposer: str | Proposer | None, draft: Any, target: Runner, verification: str,
+    options: dict[str, Any], window: int | None,
 ) -> Proposer | None:  # fmt: skip
     if window is not None:
         _check_window(window, 0)
@@ -449,7 +453,9 @@ def _make_proposer(
     if proposer is None and draft is None:
         return _without_options(None, options)
     runner = None if draft is None else _draft_runner(draft, target, window)
-    return proposers.make(proposer or DraftModelProposer.name, runner, options)
+    name = proposer or DraftModelProposer.name
+    kind = _KINDS.get(verification, {}).get(name)
+    return proposers.make(name, runner, {"kind": kind, **options} if kind else options)
 
 
 def _without_options(proposer: Proposer | None, options: dict[str, Any]) -> Proposer | None:

@@ -135,7 +135,7 @@ def _grid(proposer: Proposer, max_depth: int) -> list[int]:
 
 
 def _room(proposer: Proposer, grid: Items[int]) -> int:
-    return max(proposer.nodes_within(depth) for depth in grid) + 1
+    return max(proposer.spare_slots, *(proposer.nodes_within(depth) for depth in grid)) + 1
 
 
 class _Opened:

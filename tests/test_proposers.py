@@ -51,6 +51,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
 }
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, REQUIRED.get(name, {})) for name in sorted(REGISTRY)),
+    ("draft", {"kind": "coupled"}),
+    ("dynamic_tree", {"kind": "coupled", "nodes": 9, "depth": 3, "top_k": 4}),
+    ("beam_tree", {"width": 2, "depth": 3}),
     *(("tree", {"tree": (2, 2, 1), "kind": kind}) for kind in ("iid", "top_k", "coupled")),
     ("tree", {"tree": (1, 1, 2, 1)}),  # a trunk, then branches
     ("tree", {"tree": (1, 1, 1)}),  # a chain
@@ -484,14 +487,44 @@ def test_rule_that_auto_means(
     assert engine.verifier.rule_for(engine.scheduler.running[0].law, trees) == rule
 
 
-@pytest.mark.parametrize(("rule", "kind"), [("gumbel", "coupled"), ("kseq", "iid")])
-def test_rule_chooses_how_its_trees_are_drafted(
-    make: Callable[..., Engine], draft: Model, rule: str, kind: str
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"tree": (2, 2), "verification": "gumbel"}, "coupled"),
+        ({"tree": (2, 2), "verification": "kseq"}, "iid"),
+        ({"verification": "gumbel"}, "coupled"),
+        ({"name": "dynamic_tree", "verification": "gumbel"}, "coupled"),
+        ({"name": "dynamic_tree", "options": {"kind": "coupled"}}, "coupled"),
+        ({"name": "draft", "options": {"kind": "coupled"}}, "coupled"),
+    ],
+    ids=str,
+)
+def test_rule_and_kind_of_draws_choose_each_other(
+    make: Callable[..., Engine], draft: Model, options: dict[str, Any], kind: str
 ) -> None:
-    engine = make(tree=(2, 2), draft=draft, verification=rule)
-    assert isinstance(engine.proposer, proposers.DraftTreeProposer)
-    assert engine.proposer.kind == kind
+    engine = make(**{"draft": draft, **options})
+    assert engine.proposer is not None
+    assert getattr(engine.proposer, "kind", engine.proposer.law) == kind
+    assert engine.verifier.rule == options.get("verification", "gumbel")
     texts(engine, PROMPTS, SAMPLED, range(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("draft", {}), ("tree", {"tree": (2, 2, 1)}), ("dynamic_tree", {})],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_coupled_draft_of_the_same_model_is_accepted_whole(
+    target: Model, name: str, options: dict[str, Any]
+) -> None:
+    engine = Watched(
+        target, draft=target, proposer=name, proposer_options=options, verification="gumbel",
+        kv_memory=KV, policy="constant",
+    )  # fmt: skip
+    engine.add_request(PROMPTS[0], SamplingParams(60, 0.9, top_p=0.95), seed=3)
+    records = [record for _ in range(6) for record in engine.step()]
+    assert all(record.accepted >= 3 for record in records)
+    engine.abort_all()
 
 
 # --- the command line

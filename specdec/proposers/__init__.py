@@ -9,7 +9,9 @@ from typing import Any
 
 from specdec.errors import InvalidArgumentError
 from specdec.proposers.base import Proposer
+from specdec.proposers.beam_tree import BeamTreeProposer
 from specdec.proposers.draft import DraftModelProposer
+from specdec.proposers.dynamic_tree import DynamicTreeProposer
 from specdec.proposers.lookahead import LookaheadProposer
 from specdec.proposers.ngram import NgramProposer
 from specdec.proposers.retrieval import RetrievalProposer
@@ -21,6 +23,8 @@ _BUILT_IN: tuple[type[Proposer], ...] = (
     DraftModelProposer,
     DraftTreeProposer,
     LookaheadProposer,
+    DynamicTreeProposer,
+    BeamTreeProposer,
     NgramProposer,
     RetrievalProposer,
     SuffixProposer,
@@ -31,8 +35,10 @@ PLUG_INS = "specdec.proposers"
 
 __all__ = [
     "REGISTRY",
+    "BeamTreeProposer",
     "DraftModelProposer",
     "DraftTreeProposer",
+    "DynamicTreeProposer",
     "LookaheadProposer",
     "NgramProposer",
     "Proposer",

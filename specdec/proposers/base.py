@@ -45,6 +45,12 @@ class Proposer(ABC):
         """Nodes per step where the caller names no number; None: the policy's own default."""
         return None
 
+    @property
+    def spare_slots(self) -> int:
+        """Cache slots behind the last token that a draft fills beyond those that its tokens may be
+        committed to: side branches."""
+        return self.preferred_nodes or 0
+
     def nodes_within(self, depth: int) -> int:
         """How many nodes a draft of at most this depth may have: the budget near the end of a
         sequence, never above the larger of depth and preferred_nodes."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from specdec.acceptance.batched import sample
 from specdec.cache import CacheGroup
+from specdec.errors import InvalidArgumentError
 from specdec.proposers.base import Proposer
 from specdec.proposers.model import DraftModel
 from specdec.rng import Noise, StepNoise
@@ -23,18 +24,24 @@ class DraftModelProposer(Proposer):
 
     Options, all lossless, since q is the law that a token was drawn from: temperature, top_k,
     top_p and min_p replace the target's own (temperature 0 drafts its best token),
-    processors=False leaves the processors before them to the target.
+    processors=False leaves the processors before them to the target. kind="coupled" draws each
+    token with the Gumbel noise of its position that the rule gumbel reads too (Daliri et al. 2024,
+    2408.07978), instead of "sampled" (the default, "auto"; with the rule gumbel it is "coupled").
     """
 
     name = "draft"
     needs_draft = True
     can_stop = True
-    law = "sampled"
 
     def __init__(
-        self, runner: Runner, *, temperature: float | None = None, top_k: int | None = None,
-        top_p: float | None = None, min_p: float | None = None, processors: bool = True,
+        self, runner: Runner, *, kind: str = "auto", temperature: float | None = None,
+        top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        processors: bool = True,
     ) -> None:  # fmt: skip
+        kinds = ("auto", "sampled", "coupled")
+        if kind not in kinds:
+            raise InvalidArgumentError(f"kind={kind!r}: expected one of {', '.join(kinds)}")
+        self.law = "coupled" if kind == "coupled" else "sampled"
         self.runner = runner
         self.model = DraftModel(runner, processors, temperature, top_k, top_p, min_p)
 
@@ -82,9 +89,12 @@ class DraftModelProposer(Proposer):
                     active = [active[row] for row in still]
             logits = self._next_logits(sequences, active, drafted)
             rows = [live.index(i) for i in active] if len(active) < len(live) else None
-            drafted = self._pick(sequences, active, logits, rows, level, coins, tokens, laws)
+            gumbel = self._shared_noise([sequences[i] for i in active], level, logits, noise)
+            drafted = self._pick(
+                sequences, active, logits, rows, level, coins, gumbel, tokens, laws
+            )
             if self.stop_below and level + 1 < depth:
-                going_on = self._confident(sequences, active, logits, drafted, laws)
+                going_on = self._confident(active, logits, drafted, laws)
                 drafted = drafted[going_on]
                 active = [i for i, on in zip(active, going_on.tolist(), strict=True) if on]
                 if not active:
@@ -95,23 +105,31 @@ class DraftModelProposer(Proposer):
         ]
 
     def _confident(
-        self, sequences: Items[Sequence], active: Items[int], logits: Tensor, drafted: Tensor,
-        laws: list[list[Tensor]],
-    ) -> Tensor:  # fmt: skip
+        self, active: Items[int], logits: Tensor, drafted: Tensor, laws: list[list[Tensor]]
+    ) -> Tensor:
         """Which drafts go on: those whose last token, (len(active),), was likely enough. It stays
         in the draft either way (contract C3). Read on the host once per level."""
         chances = logits.softmax(-1).gather(1, drafted[:, None])[:, 0]
         for row, i in enumerate(active):
-            if not self.model.law(sequences[i]).greedy:
+            if laws[i]:
                 chances[row] = laws[i][-1][0, drafted[row]]
         return chances >= self.stop_below
 
     def _coins(self, sequences: Items[Sequence], depth: int, noise: Noise) -> StepNoise | None:
-        if all(self.model.law(s).greedy for s in sequences):
+        if self.law == "coupled" or all(self.model.law(s).greedy for s in sequences):
             return None
         device = self.model.runner.device
         seeds, positions = [s.seed for s in sequences], [len(s.tokens) for s in sequences]
         return noise.step(seeds, positions, depth + 1, device)
+
+    def _shared_noise(
+        self, sequences: Items[Sequence], level: int, logits: Tensor, noise: Noise
+    ) -> Tensor | None:
+        """(n, V) what the target's own tokens at these positions are drawn with."""
+        if self.law != "coupled" or all(self.model.law(s).greedy for s in sequences):
+            return None
+        seeds, positions = [s.seed for s in sequences], [len(s.tokens) + level for s in sequences]
+        return noise.gumbel(seeds, positions, logits.shape[1], logits.device)
 
     def _next_logits(
         self, sequences: Items[Sequence], active: Items[int], drafted: Tensor | None
@@ -128,7 +146,7 @@ class DraftModelProposer(Proposer):
 
     def _pick(
         self, sequences: Items[Sequence], active: Items[int], logits: Tensor,
-        rows: Items[int] | None, level: int, coins: StepNoise | None,
+        rows: Items[int] | None, level: int, coins: StepNoise | None, gumbel: Tensor | None,
         tokens: list[list[Tensor]], laws: list[list[Tensor]],
     ) -> Tensor:  # fmt: skip
         """Chooses one token per active sequence, (len(active),), and records it with its law."""
@@ -139,7 +157,7 @@ class DraftModelProposer(Proposer):
             [law] = by_law
             its_own = [sequences[i] for i in active]
             paths = _paths(its_own, [tokens[i] for i in active], logits.device)
-            picked, q = self._pick_rows(law, logits, paths, rows, level, coins)
+            picked, q = self._pick_rows(law, logits, paths, rows, level, coins, gumbel)
             self._record(active, picked, q, tokens, laws)
             return picked
         picked = torch.empty(len(active), dtype=torch.long, device=logits.device)
@@ -148,7 +166,8 @@ class DraftModelProposer(Proposer):
             its_own = [sequences[i] for i in chosen]
             paths = _paths(its_own, [tokens[i] for i in chosen], logits.device)
             where = [rows[row] if rows is not None else row for row in members]
-            part, q = self._pick_rows(law, logits[members], paths, where, level, coins)
+            shared = gumbel[members] if gumbel is not None else None
+            part, q = self._pick_rows(law, logits[members], paths, where, level, coins, shared)
             self._record(chosen, part, q, tokens, laws)
             picked[members] = part
         return picked
@@ -163,14 +182,15 @@ class DraftModelProposer(Proposer):
             if q is not None:
                 laws[i].append(q[row : row + 1])
 
-    @staticmethod
     def _pick_rows(
-        law: Law, logits: Tensor, paths: Callable[[], Paths], rows: Items[int] | None,
-        level: int, coins: StepNoise | None,
+        self, law: Law, logits: Tensor, paths: Callable[[], Paths], rows: Items[int] | None,
+        level: int, coins: StepNoise | None, gumbel: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if law.greedy:
             return law.best(logits, paths), None
         q = law.probabilities(logits, paths)
+        if gumbel is not None:
+            return q.log().add_(gumbel)[:, : self.model.known_tokens].argmax(-1), None
         assert coins is not None
         uniforms = coins.draft[:, level + 1]
         if rows is not None:
