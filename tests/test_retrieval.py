@@ -423,7 +423,7 @@ def test_text_and_json_lines_become_documents(
     )  # fmt: skip
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert contents(out) == wanted
-    assert header.vocab_size == len(tokenizer)
+    assert header.vocab_size == max(tokenizer.get_vocab().values()) + 1
     assert header.tokenizer == tokenizer_fingerprint(tokenizer)
     assert [path.name for path in tmp_path.glob("*.part")] == []
     for what in ("reading", "sorting"):
@@ -506,6 +506,13 @@ def test_files_that_cannot_be_used_are_named(
     with pytest.raises(InvalidArgumentError, match=r"shard_tokens=0: expected 1 to 2\*\*30"):
         build_index([corpus], tokenizer, tmp_path / "x", shard_tokens=0)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("token", [-1, 10, 1 << 16])
+def test_token_outside_the_vocabulary_is_refused(tmp_path: Path, token: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"token {token}: expected 0 to 9"):
+        write_index(tmp_path / "a.idx", [([3, 4], True), ([5, token], True)], vocab_size=10)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- the command line

@@ -47,8 +47,10 @@ def build_index(
         if Path(out).exists() and Path(path).exists() and Path(out).samefile(path):
             raise InvalidArgumentError(f"out={os.fspath(out)!r}: it is the corpus")
     pieces = _tokenized(_pieces(corpus, field, progress), tokenizer)
+    # ids may have gaps, so that their number says too little
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
     return write_index(
-        out, pieces, vocab_size=len(tokenizer), tokenizer=tokenizer_fingerprint(tokenizer),
+        out, pieces, vocab_size=vocab_size, tokenizer=tokenizer_fingerprint(tokenizer),
         shard_tokens=shard_tokens, progress=progress,
     )  # fmt: skip
 
@@ -59,7 +61,7 @@ def write_index(
 ) -> Header:  # fmt: skip
     """Writes the index of token sequences, given as (tokens, whether a document ends there).
 
-    vocab_size: above every token. Raises InvalidArgumentError where there is no token.
+    Raises InvalidArgumentError where there is no token, or one that is not below vocab_size.
     """
     if type(shard_tokens) is not int or not 1 <= shard_tokens <= MAX_SHARD_TOKENS:
         raise InvalidArgumentError(f"shard_tokens={shard_tokens!r}: expected 1 to 2**30")
@@ -72,7 +74,7 @@ def write_index(
     try:
         with file:
             file.seek(HEADER_BYTES)
-            count, tokens_sha256 = _write_tokens(file, pieces, dtype)
+            count, tokens_sha256 = _write_tokens(file, pieces, dtype, vocab_size)
             suffixes_sha256 = _write_suffixes(file, part, dtype, count, shard_tokens, progress)
             header = Header(
                 VERSION, dtype.str, vocab_size, tokenizer, count, shard_tokens, DEPTH,
@@ -111,12 +113,20 @@ def _ranks(ordered: NDArray[Any], order: NDArray[np.int64]) -> NDArray[np.int32]
 
 
 def _write_tokens(
-    file: BinaryIO, pieces: Iterable[tuple[list[int], bool]], dtype: np.dtype[Any]
+    file: BinaryIO,
+    pieces: Iterable[tuple[list[int], bool]],
+    dtype: np.dtype[Any],
+    vocab_size: int,
 ) -> tuple[int, str]:
     """How many tokens, separators included, and their checksum with the padding behind them."""
     digest, count, is_open = hashlib.sha256(), 0, False
     separator = [np.iinfo(dtype).max]
     for tokens, ends in pieces:
+        if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
+            bad = next(token for token in tokens if not 0 <= token < vocab_size)
+            raise InvalidArgumentError(
+                f"token {bad}: expected 0 to {vocab_size - 1}, the vocabulary's"
+            )
         is_open = is_open or bool(tokens)
         if is_open:
             data = np.array([*tokens, *(separator if ends else ())], dtype)
