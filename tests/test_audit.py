@@ -1,8 +1,10 @@
 """The exact law of the engine's output for every registered proposer, and planted faults that the
 audit must see."""
 
+import tempfile
 from collections.abc import Callable, Sequence as Items
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from specdec.evals.audit import TOLERANCE, Coins, EnumeratedNoise, emitted_law, 
 from specdec.evals.enumeration import Comparison
 from specdec.proposers import REGISTRY, DraftModelProposer
 from specdec.proposers.model import DraftModel
+from specdec.proposers.retrieval_build import write_index
 from specdec.rng import Noise, StepNoise
 from specdec.sequence import Sequence
 from specdec.toy import TableRunner, random_table
@@ -25,9 +28,21 @@ TARGET, DRAFT = random_table(V, order=None, seed=1), random_table(V, order=None,
 CUT = random_table(V, order=None, seed=3, zeros=1)  # laws with a token that has no mass
 PROMPT = [0, 1, 2, 0, 1]  # repeats itself, so that something can be looked up
 
+FOLDER = tempfile.TemporaryDirectory()
+INDEX = Path(FOLDER.name) / "small.idx"
+write_index(INDEX, [([0, 1, 2, 0, 1, 1, 2, 2, 0], True), ([1, 0, 2, 1], True)], vocab_size=V)
+
 # name -> what Engine needs besides the proposer's name, small enough to take every outcome
 OPTIONS: dict[str, dict[str, Any]] = {
     "draft": {"num_draft_tokens": 2},
+    "lookahead": {
+        "num_draft_tokens": 14,
+        "proposer_options": {"window": 2, "ngram": 3, "guesses": 2},
+    },
+    "retrieval": {
+        "num_draft_tokens": 3,
+        "proposer_options": {"index": INDEX, "min_match": 1},
+    },
     "tree": {"proposer_options": {"tree": (2, 1)}},
 }
 CASES: list[tuple[str, dict[str, Any]]] = [
