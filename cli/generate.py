@@ -68,6 +68,15 @@ def _options(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     return options
 
 
+class _Proposer(click.Choice[str]):
+    """A proposer by name, or several behind each other: an ensemble."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "," not in value:
+            return super().convert(value, param, ctx)
+        return [super(_Proposer, self).convert(name, param, ctx) for name in value.split(",")]
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     """Everything one invocation needs once the models are there."""
@@ -175,9 +184,10 @@ class _Output:
 )
 @click.option(
     "--proposer",
-    type=click.Choice(proposers.names()),
+    type=_Proposer(proposers.names()),
     default=None,
-    help="What drafts.  [default: draft, where there is one]",
+    help="What drafts; several with commas between them share one tree.  [default: draft, where "
+    "there is one]",
 )
 @click.option(
     "--proposer-option",
@@ -218,9 +228,9 @@ def generate(
     prompt: str | None, prompt_file: str | None, target: str, draft: str | None,
     no_speculation: bool, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
     min_p: float, seed: int | None, stop: tuple[str, ...], num_draft_tokens: Any,
-    tree: tuple[int, ...] | None, proposer: str | None, proposer_options: dict[str, Any],
-    verification: str, lossy: bool, dtype: str, device: str | None, batch: int | None, chat: bool,
-    as_json: bool,
+    tree: tuple[int, ...] | None, proposer: str | list[str] | None,
+    proposer_options: dict[str, Any], verification: str, lossy: bool, dtype: str,
+    device: str | None, batch: int | None, chat: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text from PROMPT, --prompt-file or standard input.
 
@@ -258,13 +268,17 @@ def generate(
         sys.exit(130)
 
 
-def _wants_draft(proposer: str | None) -> bool:
-    return proposer is None or proposers.find(proposer).needs_draft
+def _wants_draft(proposer: str | list[str] | None) -> bool:
+    if proposer is None:
+        return True
+    names = [proposer] if isinstance(proposer, str) else proposer
+    return any(proposers.find(name).needs_draft for name in names)
 
 
 def _check_flags(
     chat: bool, prompt: str | None, prompt_file: str | None, batch: int | None,
-    no_speculation: bool, draft: str | None, proposer: str | None, tree: tuple[int, ...] | None,
+    no_speculation: bool, draft: str | None, proposer: str | list[str] | None,
+    tree: tuple[int, ...] | None,
 ) -> None:  # fmt: skip
     if prompt is not None and prompt_file is not None:
         raise InvalidArgumentError("PROMPT and --prompt-file: expected one of the two")

@@ -16,7 +16,13 @@ from specdec.errors import InvalidArgumentError
 from specdec.forward import one_thread
 from specdec.policy import Policy, make_policy
 from specdec.profiling import Profiler
-from specdec.proposers import DraftModelProposer, DraftTreeProposer, Proposer
+from specdec.proposers import (
+    DraftModelProposer,
+    DraftTreeProposer,
+    EnsembleProposer,
+    Proposer,
+)
+from specdec.proposers.checked import checked
 from specdec.rng import Noise, PhiloxNoise, derive_seed
 from specdec.runner import ModelRunner, Runner
 from specdec.sampling import Law, SamplingParams
@@ -66,7 +72,7 @@ class Engine:
         target: PreTrainedModel | Runner,
         *,
         draft: Any = None,
-        proposer: str | Proposer | None = None,
+        proposer: str | Proposer | Items[str | Proposer] | None = None,
         verification: str = "auto",
         num_draft_tokens: int | Literal["auto"] = "auto",
         tree: Items[int] | None = None,
@@ -109,7 +115,9 @@ class Engine:
         if self.proposer is not None:
             self.proposer.join(self.group, self.target.vocab_size)
             # measured costs of a proposer object are not kept: nobody knows its options
-            named = "" if isinstance(proposer, Proposer) else repr((draft_window, options))
+            parts = proposer if isinstance(proposer, (list, tuple)) else [proposer]
+            unknown = any(isinstance(part, Proposer) for part in parts)
+            named = "" if unknown else repr((*parts, draft_window, options))
             measure = Profiler(self.verifier, self.proposer, self.groups, self.noise, named)
             self.policy.join(self.proposer, measure)
         self._divide_memory(_DEFAULT_KV_BYTES if kv_memory is None else kv_memory, grow)
@@ -314,7 +322,9 @@ class Engine:
         planned = self.policy.plan(sequences, rooms)
         fitting = [self.proposer.nodes_within(room) if room else 0 for room in rooms]
         budgets = [min(pair) for pair in zip(planned, fitting, strict=True)]
-        return self.proposer.propose(sequences, budgets, self.noise)
+        trees = self.proposer.propose(sequences, budgets, self.noise)
+        where = self.target.vocab_size, self.target.device
+        return checked(self.proposer, trees, sequences, budgets, *where)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once; what it has generated so far is its output."""
@@ -414,8 +424,8 @@ def _check_window(window: Any, nodes: int) -> None:
 
 
 def _tree_proposer(
-    proposer: str | Proposer | None, tree: Items[int], num_draft_tokens: int | str,
-    options: dict[str, Any],
+    proposer: str | Proposer | Items[str | Proposer] | None, tree: Items[int],
+    num_draft_tokens: int | str, options: dict[str, Any],
 ) -> str:  # fmt: skip
     """The name behind tree=; its options go into `options`."""
     widths = expansion(tree)
@@ -433,7 +443,8 @@ def _tree_proposer(
 
 
 def _make_proposer(
-    proposer: str | Proposer | None, draft: Any, target: Runner, verification: str,
+    proposer: str | Proposer | Items[str | Proposer] | None, draft: Any, target: Runner,
+    verification: str,
     options: dict[str, Any], window: int | None,
 ) -> Proposer | None:  # fmt: skip
     if window is not None:
@@ -446,16 +457,21 @@ def _make_proposer(
         if draft is not None:
             raise InvalidArgumentError("pass either draft or a Proposer object, not both")
         return _without_options(proposer, options)
-    if isinstance(draft, (list, tuple)):
-        if len(draft) != 1:
-            raise InvalidArgumentError(f"draft: expected one model, got {len(draft)}")
-        draft = draft[0]
+    drafts = list(draft) if isinstance(draft, (list, tuple)) else [draft]
+    if not drafts:
+        raise InvalidArgumentError("draft: expected one model or more, got none")
     if proposer is None and draft is None:
         return _without_options(None, options)
-    runner = None if draft is None else _draft_runner(draft, target, window)
-    name = proposer or DraftModelProposer.name
-    kind = _KINDS.get(verification, {}).get(name)
-    return proposers.make(name, runner, {"kind": kind, **options} if kind else options)
+    runners = [_draft_runner(each, target, window) for each in drafts if each is not None]
+    if len({id(runner) for runner in runners}) < len(runners):
+        raise InvalidArgumentError("draft: expected different Runners, one came twice")
+    proposer = DraftModelProposer.name if proposer is None else proposer
+    kinds = _KINDS.get(verification, {})
+    if len(runners) > 1 or proposer == EnsembleProposer.name or not isinstance(proposer, str):
+        return proposers.make_several(proposer, runners, options, kinds)
+    kind = kinds.get(proposer)
+    options = {"kind": kind, **options} if kind else options
+    return proposers.make(proposer, runners[0] if runners else None, options)
 
 
 def _without_options(proposer: Proposer | None, options: dict[str, Any]) -> Proposer | None:

@@ -369,9 +369,11 @@ def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
     target is proved once to run exactly on packed rows (UnsupportedModelError otherwise) and is
     itself left as it was. Options, all by keyword:
 
-    draft: a small model with the target's tokenizer.
+    draft: a small model with the target's tokenizer, or a list of them: an ensemble.
     proposer: a name (specdec.proposers.names()), or a Proposer; default: "draft" with a draft,
-        plain decoding without.
+        plain decoding without. A list of those is an ensemble: its members draft into one tree
+        under one budget, and those that need a draft take the models of draft in order.
+        "ensemble" is the list of "draft" per model and "ngram".
     tree: the draft proposes a tree, its number of children per level: (3, 2, 1) has 3 + 6 + 6
         nodes. proposer_options={"kind": ...} says what siblings are: "without_replacement" draws,
         "iid" draws, the "top_k" tokens, or "coupled" with the target's own noise.
@@ -386,7 +388,9 @@ def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
     draft_window: the draft looks at so many tokens back, and at the first few, in a cache of its
         own that grows no further; the target always sees everything. At least 16.
     lossy: must be True for a rule that changes the law.
-    proposer_options: keywords of the proposer that a name or a draft makes. For a draft model
+    proposer_options: keywords of the proposer that a name or a draft makes; of a list, a mapping
+        per member, by its name ({"ngram": {"branches": 2}}; "draft-1", "draft-2" where one name is
+        there twice), and shares: proportions of the budget by those names. For a draft model
         temperature, top_k, top_p, min_p: what the draft samples with where it differs from the
         target; processors=False: the target's logits processors do not act on the draft.
     kv_memory: bytes that the caches of all models may take; the pool grows up to it on demand.

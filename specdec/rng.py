@@ -290,6 +290,40 @@ def _keys(seeds: Sequence[int]) -> NDArray[np.uint32]:
     return np.array([split_seed(seed) for seed in seeds], np.uint32).T
 
 
+class OffsetNoise(Noise):
+    """The noise of another proposer in the same step: its rows begin at `first` of those below it.
+
+    Two that draw in one step must share nothing. Gumbel noise of absolute positions is the target's
+    own and stays.
+    """
+
+    def __init__(self, noise: Noise, first: int) -> None:
+        self._noise, self._first = noise, first
+
+    def step(
+        self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device,
+        copies: int = 1,
+    ) -> StepNoise:  # fmt: skip
+        first = self._first
+        whole = self._noise.step(seeds, positions, rows + first, device, copies)
+        return StepNoise(
+            whole.draft[:, first:], whole.accept[:, first:], whole.residual[:, first:],
+            whole.bonus[:, first:],
+        )  # fmt: skip
+
+    def gumbel(
+        self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device
+    ) -> Tensor:
+        return self._noise.gumbel(seeds, positions, vocab, device)
+
+    def draft_gumbel(
+        self, seeds: Sequence[int], positions: Sequence[int], rows: Sequence[int], vocab: int,
+        device: torch.device,
+    ) -> Tensor:  # fmt: skip
+        moved = [row + self._first for row in rows]
+        return self._noise.draft_gumbel(seeds, positions, moved, vocab, device)
+
+
 class RecordedNoise(Noise):
     """Noise that a test wrote down: uniforms by (purpose, sequence), Gumbel rows by position.
 

@@ -501,7 +501,7 @@ def test_engine_s_sums_are_those_of_its_requests(make: Callable[..., Engine]) ->
         ({"verification": "blok"}, "verification='blok': expected 'auto' or one of block, "),
         ({"proposer": "crystal ball"}, "proposer='crystal ball': expected one of draft"),
         ({"proposer": "draft", "draft": None}, "proposer='draft' needs draft="),
-        ({"draft": []}, "draft: expected one model, got 0"),
+        ({"draft": []}, "draft: expected one model or more, got none"),
         ({"draft": "small"}, "expected a transformers PreTrainedModel, got builtins.str"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value)),

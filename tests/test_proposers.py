@@ -58,6 +58,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("tree", {"tree": (1, 1, 2, 1)}),  # a trunk, then branches
     ("tree", {"tree": (1, 1, 1)}),  # a chain
     *(("tree", {"shape": IRREGULAR, "kind": kind}) for kind in ("auto", "iid", "top_k", "coupled")),
+    ("ensemble", {"members": ["suffix", "tree", "ngram"], "tree": {"tree": (2, 2)}}),
 ]
 each_proposer = pytest.mark.parametrize(
     ("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else str([*v.values()])

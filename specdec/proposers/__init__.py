@@ -1,7 +1,7 @@
 """Everything that can guess the next tokens: base.py is the protocol, one method per file, and here
 is where a method is found by its name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter, signature
@@ -12,6 +12,7 @@ from specdec.proposers.base import Proposer
 from specdec.proposers.beam_tree import BeamTreeProposer
 from specdec.proposers.draft import DraftModelProposer
 from specdec.proposers.dynamic_tree import DynamicTreeProposer
+from specdec.proposers.ensemble import EnsembleProposer, labels_of
 from specdec.proposers.lookahead import LookaheadProposer
 from specdec.proposers.ngram import NgramProposer
 from specdec.proposers.retrieval import RetrievalProposer
@@ -22,6 +23,7 @@ from specdec.runner import Runner
 _BUILT_IN: tuple[type[Proposer], ...] = (
     DraftModelProposer,
     DraftTreeProposer,
+    EnsembleProposer,
     LookaheadProposer,
     DynamicTreeProposer,
     BeamTreeProposer,
@@ -39,6 +41,7 @@ __all__ = [
     "DraftModelProposer",
     "DraftTreeProposer",
     "DynamicTreeProposer",
+    "EnsembleProposer",
     "LookaheadProposer",
     "NgramProposer",
     "Proposer",
@@ -46,6 +49,7 @@ __all__ = [
     "SuffixProposer",
     "find",
     "make",
+    "make_several",
     "names",
 ]
 
@@ -74,6 +78,8 @@ def make(name: str, draft: Runner | None, options: dict[str, Any]) -> Proposer:
     that is missing or not needed; the class itself for values that are out of range.
     """
     kind = find(name)
+    if kind is EnsembleProposer:
+        return make_several(name, [] if draft is None else [draft], options)
     if kind.needs_draft and draft is None:
         raise InvalidArgumentError(f"proposer={name!r} needs draft=<a small model>")
     if not kind.needs_draft and draft is not None:
@@ -92,6 +98,83 @@ def make(name: str, draft: Runner | None, options: dict[str, Any]) -> Proposer:
             )
     build: Callable[..., Proposer] = kind
     return build(draft, **options) if kind.needs_draft else build(**options)
+
+
+def make_several(
+    proposer: str | Sequence[str | Proposer], drafts: Sequence[Runner], options: dict[str, Any],
+    kinds: Mapping[str, str] | None = None,
+) -> EnsembleProposer:  # fmt: skip
+    """An ensemble of proposers, given by name or as objects.
+
+    proposer: a list; members that need a draft take the drafts in order. Its options are those of
+    the ensemble, and per label a mapping with those of the member. A name alone means one member
+    per draft, with the same options; "ensemble" the list in options["members"], by default one
+    "draft" per draft and an "ngram". kinds: by name, the option kind where none is given. Raises
+    InvalidArgumentError.
+    """
+    options = dict(options)
+
+    def made(name: str, draft: Runner | None, its: dict[str, Any]) -> Proposer:
+        kind = (kinds or {}).get(name)
+        return make(name, draft, {"kind": kind, **its} if kind else its)
+
+    if proposer == EnsembleProposer.name:
+        usual = [*[DraftModelProposer.name] * len(drafts), "ngram"]
+        proposer = options.pop("members", usual)
+    own = {name: options.pop(name) for name in option_names(EnsembleProposer) if name in options}
+    if isinstance(proposer, str):
+        return EnsembleProposer([made(proposer, draft, options) for draft in drafts], **own)
+    members = _members(proposer)
+    names = [member if isinstance(member, str) else member.name for member in members]
+    labels = labels_of(names)
+    its_options = _by_label(options, members, labels, names)
+    needing = [i for i, m in enumerate(members) if isinstance(m, str) and find(m).needs_draft]
+    if len(needing) != len(drafts):
+        raise InvalidArgumentError(
+            f"proposer={names}: {len(needing)} of them need a draft, {len(drafts)} came; expected "
+            "draft=[...] with one for each, in this order"
+        )
+    its_draft = dict(zip(needing, drafts, strict=True))
+    return EnsembleProposer(
+        [
+            made(m, its_draft.get(i), its_options.get(labels[i], {})) if isinstance(m, str) else m
+            for i, m in enumerate(members)
+        ],
+        **own,
+    )
+
+
+def _members(proposer: object) -> list[str | Proposer]:
+    """A checked list of members."""
+    members = list(proposer) if isinstance(proposer, list | tuple) else []
+    if not members or not all(isinstance(m, str | Proposer) for m in members):
+        raise InvalidArgumentError(
+            f"proposer={proposer!r}: expected a list of names and Proposers, one or more"
+        )
+    if any(m == EnsembleProposer.name for m in members):
+        raise InvalidArgumentError(f"proposer={proposer!r}: an ensemble cannot be in an ensemble")
+    return members
+
+
+def _by_label(
+    options: dict[str, Any], members: list[str | Proposer], labels: list[str], names: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Each member's options, from those of a list."""
+    made = [label for label, m in zip(labels, members, strict=True) if isinstance(m, str)]
+    for key, value in options.items():
+        if key not in made:
+            several = key in names and key not in labels
+            reason = f"{key!r} is there several times" if several else f"{key!r} is no member"
+            own = ", ".join(option_names(EnsembleProposer))
+            raise InvalidArgumentError(
+                f"proposer_options={options!r}: {reason}: expected options by member, for "
+                f"{', '.join(made) or 'none'}, or {own}"
+            )
+        if not isinstance(value, Mapping):
+            raise InvalidArgumentError(
+                f"proposer_options[{key!r}]={value!r}: expected a mapping, the member's options"
+            )
+    return {key: dict(value) for key, value in options.items()}
 
 
 def option_names(kind: type[Proposer]) -> dict[str, bool]:

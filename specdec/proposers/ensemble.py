@@ -1,0 +1,487 @@
+"""Several proposers, merged by full path into one tree under one budget (SpecInfer, Miao et al.
+2023, 2305.09781, section 3)."""
+
+from collections.abc import Iterator, Mapping, Sequence as Items
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from specdec.cache import CacheGroup
+from specdec.errors import InvalidArgumentError
+from specdec.proposers.base import Proposer
+from specdec.proposers.checked import checked
+from specdec.rng import Noise, OffsetNoise
+from specdec.sequence import Sequence
+from specdec.shapes import MAX_NODES
+from specdec.tree import Law, TokenTree
+from specdec.verifier import Verdict
+
+# Nodes per step of a member that prefers no number.
+_NODES = 8
+# Draft noise is keyed by row, and a tree has at most so many.
+_ROWS = MAX_NODES + 1
+# How quickly old steps lose weight in a member's acceptance.
+_KEEP = 0.97
+
+
+class EnsembleProposer(Proposer):
+    """Members propose for themselves; their trees share nodes of equal path, and one budget.
+
+    Members that draw, run a model or learn from what the target says of their nodes (they implement
+    observe) get a share of the budget before they propose, a function of the budget alone, and
+    everything they proposed is kept (contract C3: what is drawn is never dropped). By default every
+    member gets levels down to the same depth, as deep as the budget allows; shares says it in
+    proportions, by label, instead. The others, lookups whose drafts are a function of the text,
+    may propose up to the whole budget; what the shares left goes to those of their nodes that
+    nobody proposed before and that promise most, by the running acceptance of each member per
+    situation, depth and rank among siblings. A node that several propose counts once, and is
+    credited to each of them.
+
+    Draws come first, member by member, each in its order. No two members see the same draft noise.
+    The first member that runs a model numbers the merged nodes, so its cache is committed as it is;
+    other models in the target's cache group compute accepted tokens again in their next pass.
+
+    labels: the members' names, numbered where several are the same: "draft-1", "draft-2".
+    credits: per label, nodes proposed and verified so far, and those of them that were accepted.
+    """
+
+    name = "ensemble"
+    needs_draft = True  # it takes one, and does without
+
+    def __init__(
+        self, members: Items[Proposer], *, shares: Mapping[str, float] | None = None
+    ) -> None:
+        """Raises InvalidArgumentError for no members, one object twice, an ensemble among them, and
+        for shares that are not one positive number per label."""
+        if not members or not all(isinstance(member, Proposer) for member in members):
+            raise InvalidArgumentError(f"members={members!r}: expected one Proposer or more")
+        if len({id(member) for member in members}) < len(members):
+            raise InvalidArgumentError("members: expected different objects, one came twice")
+        if any(isinstance(member, EnsembleProposer) for member in members):
+            raise InvalidArgumentError("members: an ensemble in an ensemble; name its members")
+        self.members = tuple(members)
+        self.labels = labels_of([member.name for member in members])
+        laws = {member.law for member in members}
+        self.law = "sampled" if "sampled" in laws else "coupled" if "coupled" in laws else "point"
+        everyone = range(len(members))
+        kept = [i for i in everyone if _keeps_all(self.members[i])]
+        # draws first, and of those with one law the models first
+        kept.sort(key=lambda i: (members[i].law == "point", not members[i].draft_rows(1)))
+        self._kept = kept
+        self._free = [i for i in everyone if i not in kept]
+        self._weights = None if shares is None else _weights(shares, self.labels)
+        self._splits: dict[int, list[int]] = {}
+        self.credits = {label: [0, 0] for label in self.labels}
+        self._states: dict[Sequence, _State] = {}
+        self._vocab_size, self._device = 0, torch.device("cpu")
+
+    def join(self, group: CacheGroup, vocab_size: int) -> None:
+        self._vocab_size, self._device = vocab_size, group.device
+        for member in self.members:
+            member.join(group, vocab_size)
+
+    @property
+    def groups(self) -> tuple[CacheGroup, ...]:
+        return tuple(group for member in self.members for group in member.groups)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Of the member that reaches farthest: the others drop out before."""
+        limits = [member.max_positions for member in self.members]
+        known = [limit for limit in limits if limit is not None]
+        return max(known) if len(known) == len(limits) else None
+
+    @property
+    def preferred_nodes(self) -> int:
+        wanted = sum(member.preferred_nodes or _NODES for member in self.members)
+        return min(wanted, MAX_NODES)
+
+    def nodes_within(self, depth: int) -> int:
+        most = sum(member.nodes_within(depth) for member in self.members)
+        return min(most, max(depth, self.preferred_nodes))
+
+    def draft_rows(self, depth: int) -> tuple[int, ...]:
+        """The models draft one after the other."""
+        return tuple(rows for member in self.members for rows in member.draft_rows(depth))
+
+    def situation(self, sequence: Sequence) -> int:
+        """One digit per member."""
+        number = 0
+        for member in self.members:
+            number = number * 64 + min(member.situation(sequence), 63)
+        return number
+
+    def start(self, sequence: Sequence) -> None:
+        self._states[sequence] = _State([_Rates() for _ in self.members])
+        for member in self.members:
+            member.start(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        self._states.pop(sequence, None)  # one that failed on its way in was never started
+        for member in self.members:
+            member.finish(sequence)
+
+    def propose(
+        self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
+    ) -> list[TokenTree]:
+        budgets = [min(budget, MAX_NODES) for budget in budgets]
+        trees: dict[int, list[TokenTree]] = {}
+        filled: list[dict[Any, int]] = []  # per sequence, what the first model has computed
+        for place, i in enumerate(self._kept):
+            shares = [
+                min(self._split(budget)[i], self._fitting(self.members[i], sequence))
+                for sequence, budget in zip(sequences, budgets, strict=True)
+            ]
+            mine = OffsetNoise(noise, place * _ROWS) if place else noise
+            trees[i] = self._ask(i, sequences, shares, mine)
+            if place == 0:
+                filled = [_ahead(sequence) for sequence in sequences]
+        if len(self._kept) > 1:
+            for sequence, its_own in zip(sequences, filled, strict=True):
+                _take_back(sequence, its_own)
+        for i in self._free:
+            most = [
+                min(budget, self._fitting(self.members[i], sequence))
+                for sequence, budget in zip(sequences, budgets, strict=True)
+            ]
+            trees[i] = self._ask(i, sequences, most, noise)
+        order = [*self._kept, *self._free]
+        values = iter(_read([trees[i][b] for b in range(len(sequences)) for i in order]))
+        return [
+            self._merge(sequence, budget, [(i, trees[i][b], next(values)) for i in order])
+            for b, (sequence, budget) in enumerate(zip(sequences, budgets, strict=True))
+        ]
+
+    def _ask(
+        self, i: int, sequences: Items[Sequence], budgets: list[int], noise: Noise
+    ) -> list[TokenTree]:
+        member = self.members[i]
+        found = member.propose(sequences, budgets, noise)
+        return checked(member, found, sequences, budgets, self._vocab_size, self._device)
+
+    @staticmethod
+    def _fitting(member: Proposer, sequence: Sequence) -> int:
+        """Nodes that a member's tree may have, for its depth to fit what is left."""
+        room = sequence.remaining - 1
+        if member.max_positions is not None:
+            room = min(room, member.max_positions - len(sequence.tokens))
+        return member.nodes_within(room) if room > 0 else 0
+
+    def _split(self, budget: int) -> list[int]:
+        """Each member's share of a budget."""
+        if budget not in self._splits:
+            by_levels = self._weights is None
+            self._splits[budget] = (
+                self._by_levels(budget) if by_levels else self._by_weights(budget)
+            )
+        return self._splits[budget]
+
+    def _by_levels(self, budget: int) -> list[int]:
+        """Levels down to the same depth; what is left lets the first members go one deeper."""
+        shares = deeper = [0] * len(self.members)
+        for depth in range(1, budget + 1):
+            deeper = [member.nodes_within(depth) for member in self.members]
+            if sum(deeper) > budget:
+                break
+            shares = list(deeper)
+        left = budget - sum(shares)
+        for i, most in enumerate(deeper):
+            if 0 < most - shares[i] <= left:
+                left -= most - shares[i]
+                shares[i] = most
+        return shares
+
+    def _by_weights(self, budget: int) -> list[int]:
+        assert self._weights is not None
+        shares = []
+        for i, weight in enumerate(self._weights):
+            shares.append(min(budget, round(budget * weight / sum(self._weights[i:]))))
+            budget -= shares[-1]
+        return shares
+
+    def _merge(
+        self, sequence: Sequence, budget: int, parts: list[tuple[int, TokenTree, list[int]]]
+    ) -> TokenTree:
+        """The union of one sequence's trees: (member, tree, its tokens), in order."""
+        state = self._states[sequence]
+        state.views = [_View(i, tree, values) for i, tree, values in parts if len(tree)]
+        kept = [view for view in state.views if view.member in self._kept]
+        if len(state.views) == 1 and kept:  # nothing to merge: the tree stays what it is
+            kept[0].places = range(len(kept[0].tree))
+            return kept[0].tree
+        union = _Union()
+        for view in kept:
+            view.places = union.add_drawn(view)
+        free = [view for view in state.views if view.member in self._free]
+        for view in free:
+            member = self.members[view.member]
+            view.situation = member.situation(sequence)
+        union.add_best(
+            [(view, state.rates[view.member].chances(view)) for view in free],
+            budget - len(union.tokens),
+        )
+        return union.tree(self._device)
+
+    def observe(self, sequences: Items[Sequence], verdicts: Items[Verdict]) -> None:
+        for sequence, verdict in zip(sequences, verdicts, strict=True):
+            state = self._states[sequence]
+            for view in state.views:
+                view.accepted = view.follow(verdict.tokens[: verdict.accepted])
+                credit = self.credits[self.labels[view.member]]
+                credit[0] += sum(place >= 0 for place in view.places)
+                credit[1] += len(view.accepted)
+                if view.member in self._free:
+                    state.rates[view.member].add(view, verdict.tokens)
+        for i, member in enumerate(self.members):
+            if type(member).observe is not Proposer.observe:
+                its_own = [
+                    self._states[sequence].verdict(i, verdict)
+                    for sequence, verdict in zip(sequences, verdicts, strict=True)
+                ]
+                member.observe(sequences, its_own)
+
+
+def labels_of(names: Items[str]) -> list[str]:
+    """One label per member: its name, numbered where it is there several times."""
+    seen: dict[str, int] = {}
+    labels = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        labels.append(name if names.count(name) == 1 else f"{name}-{seen[name]}")
+    return labels
+
+
+def _keeps_all(member: Proposer) -> bool:
+    learns = type(member).observe is not Proposer.observe
+    return member.law != "point" or bool(member.draft_rows(1)) or learns
+
+
+def _weights(shares: object, labels: list[str]) -> list[float]:
+    if not isinstance(shares, Mapping) or set(shares) != set(labels):
+        raise InvalidArgumentError(
+            f"shares={shares!r}: expected a number for each of {', '.join(labels)}"
+        )
+    for label, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1e9:
+            raise InvalidArgumentError(f"shares[{label!r}]={share!r}: expected a positive number")
+    return [float(shares[label]) for label in labels]
+
+
+def _ahead(sequence: Sequence) -> dict[Any, int]:
+    """The models that have computed drafted tokens, and how far."""
+    length = len(sequence.tokens)
+    return {model: n for model, n in sequence.cache.computed.items() if n > length}
+
+
+def _take_back(sequence: Sequence, filled: dict[Any, int]) -> None:
+    """Leaves each model what `filled` says of drafted tokens, others none: the verifier commits
+    slots by merged numbers, which are those of the first model alone."""
+    length, computed = len(sequence.tokens), sequence.cache.computed
+    for model in computed:
+        computed[model] = filled.get(model, min(computed[model], length))
+
+
+def _read(trees: Items[TokenTree]) -> list[list[int]]:
+    """The tokens of each tree: one read of the device."""
+    some = [tree.tokens for tree in trees if len(tree)]
+    flat = iter(torch.cat(some).tolist() if some else ())
+    return [[next(flat) for _ in range(len(tree))] for tree in trees]
+
+
+@dataclass(slots=True, eq=False)
+class _View:
+    """One member's tree in a step, and where its nodes went."""
+
+    member: int
+    tree: TokenTree
+    tokens: list[int]
+    places: Items[int] = ()  # per node its merged number, -1: left out
+    situation: int = 0
+    accepted: tuple[int, ...] = ()  # nodes
+    _index: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def children(self) -> dict[tuple[int, int], int]:
+        """(parent, token) -> node"""
+        if not self._index:
+            pairs = zip(self.tree.parents, self.tokens, strict=True)
+            self._index = {pair: node for node, pair in enumerate(pairs)}
+        return self._index
+
+    def follow(self, tokens: Items[int]) -> tuple[int, ...]:
+        """The nodes along a text, as far as the tree has it."""
+        path: list[int] = []
+        for token in tokens:
+            node = self.children().get((path[-1] if path else -1, token))
+            if node is None:
+                break
+            path.append(node)
+        return tuple(path)
+
+    def ranks(self) -> list[int]:
+        """Per node how many siblings were proposed before it."""
+        seen: dict[int, int] = {}
+        found = []
+        for parent in self.tree.parents:
+            found.append(seen.get(parent, 0))
+            seen[parent] = found[-1] + 1
+        return found
+
+
+class _Rates:
+    """How often a lookup's node was right where its parent was: by situation, depth and rank."""
+
+    __slots__ = ("_counts",)
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, int, int], list[float]] = {}  # tries, hits
+
+    def chances(self, view: _View) -> list[float]:
+        """Per node the probability that the text goes on to it; never above its parent's."""
+        found: list[float] = []
+        for parent, depth, rank in zip(
+            view.tree.parents, view.tree.depths, view.ranks(), strict=True
+        ):
+            tries, hits = self._counts.get((view.situation, depth, rank), (0.0, 0.0))
+            rate = (hits + 0.5 / (1 + rank)) / (tries + 1)
+            found.append(rate * (found[parent] if parent >= 0 else 1.0))
+        return found
+
+    def add(self, view: _View, tokens: Items[int]) -> None:
+        """tokens: what was emitted. It judges every node whose parent is on its way."""
+        path = {-1, *view.follow(tokens)}
+        if len(path) > len(tokens):
+            path.discard(max(path))  # nobody knows what follows the last token
+        right = set(view.follow(tokens))
+        for node, (parent, depth, rank) in enumerate(
+            zip(view.tree.parents, view.tree.depths, view.ranks(), strict=True)
+        ):
+            if parent in path:
+                counts = self._counts.setdefault((view.situation, depth, rank), [0.0, 0.0])
+                counts[0] = counts[0] * _KEEP + 1
+                counts[1] = counts[1] * _KEEP + (node in right)
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    """What is kept of one sequence from step to step."""
+
+    rates: list[_Rates]
+    views: list[_View] = field(default_factory=list)
+
+    def verdict(self, member: int, verdict: Verdict) -> Verdict:
+        """A verdict in the numbers of one member's tree."""
+        view = next((view for view in self.views if view.member == member), None)
+        if view is None:
+            return Verdict(verdict.tokens[:1], 0, (), verdict.logits[:1])
+        path, count = view.accepted, len(view.tree)
+        logits = verdict.logits[: count + 1]
+        if list(view.places) != list(range(count)):
+            rows = [0, *(place + 1 for place in view.places)]
+            logits = verdict.logits[torch.tensor(rows, device=logits.device)]
+        return Verdict(verdict.tokens[: len(path) + 1], count, path, logits)
+
+
+class _Union:
+    """Trees merged by full path."""
+
+    __slots__ = ("_drawn", "_index", "_laws", "_rows", "draws", "parents", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.draws: list[tuple[int, Law]] = []
+        self._drawn: set[int] = set()  # nodes that are there as a draw
+        self._index: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+        self._laws: list[torch.Tensor] = []
+        self._rows = 0
+
+    def add_drawn(self, view: _View) -> list[int]:
+        """The whole tree with its draws, in order; returns where its nodes are.
+
+        A point mass at a token that was proposed before is left out: nothing of that token is left
+        when its turn comes, and rejecting it takes nothing away.
+        """
+        places: list[int] = []
+        for parent, token in zip(view.tree.parents, view.tokens, strict=True):
+            places.append(self._node(places[parent] if parent >= 0 else -1, token))
+        for node, law in _draws(view.tree):
+            if law.row is not None:
+                self.draws.append((places[node], Law(law.kind, law.row + self._rows)))
+            elif places[node] not in self._drawn:
+                self.draws.append((places[node], law))
+            self._drawn.add(places[node])
+        if view.tree.laws is not None:
+            self._laws.append(view.tree.laws)
+            self._rows += view.tree.laws.shape[0]
+        return places
+
+    def _node(self, parent: int, token: int) -> int:
+        node = self._index.setdefault((parent, token), len(self.tokens))
+        if node == len(self.tokens):
+            self.tokens.append(token)
+            self.parents.append(parent)
+        return node
+
+    def add_best(self, candidates: Items[tuple[_View, list[float]]], room: int) -> None:
+        """The `room` likeliest nodes that are not there yet, as point masses."""
+        drawn = len(self.tokens)
+        scores: list[float] = []  # of the nodes behind the drawn ones
+        for view, chances in candidates:
+            places: list[int] = []
+            for parent, token, chance in zip(view.tree.parents, view.tokens, chances, strict=True):
+                node = self._node(places[parent] if parent >= 0 else -1, token)
+                places.append(node)
+                if node - drawn == len(scores):
+                    scores.append(chance)
+                elif node >= drawn:
+                    scores[node - drawn] = max(scores[node - drawn], chance)
+            view.places = places
+        if len(scores) > room:
+            self._keep(drawn, sorted(range(len(scores)), key=lambda n: -scores[n])[:room])
+            for view, _ in candidates:
+                moved = {(p, t): n for n, (p, t) in enumerate(self._pairs())}
+                view.places = list(_walk(view, moved))
+        self.draws += [(node, Law("point")) for node in range(drawn, len(self.tokens))]
+
+    def _keep(self, drawn: int, some: Items[int]) -> None:
+        """Drops the nodes behind the drawn ones but for these; parents of those are among them,
+        since none is likelier than its parent and sorting leaves equal ones in order."""
+        moved = {-1: -1, **{node: node for node in range(drawn)}}
+        for node in sorted(some):
+            moved[drawn + node] = len(moved) - 1
+        old = list(self._pairs())
+        self.tokens, self.parents = self.tokens[:drawn], self.parents[:drawn]
+        for node in sorted(some):
+            parent, token = old[drawn + node]
+            self.tokens.append(token)
+            self.parents.append(moved[parent])
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        return zip(self.parents, self.tokens, strict=True)
+
+    def tree(self, device: torch.device) -> TokenTree:
+        if not self.tokens:
+            return TokenTree.empty(device)
+        tokens = torch.tensor(self.tokens, dtype=torch.long, device=device)
+        laws = None if not self._laws else torch.cat(self._laws)
+        points = tuple((node, Law("point")) for node in range(len(self.tokens)))
+        draws = tuple(self.draws)
+        # draws of one point mass per node go without saying
+        return TokenTree(tokens, tuple(self.parents), laws, None if draws == points else draws)
+
+
+def _walk(view: _View, index: Mapping[tuple[int, int], int]) -> Iterator[int]:
+    """Each node's number in `index`, -1 where it or a node above it is not there."""
+    places: list[int] = []
+    for parent, token in zip(view.tree.parents, view.tokens, strict=True):
+        above = places[parent] if parent >= 0 else -1
+        places.append(-1 if parent >= 0 and above < 0 else index.get((above, token), -1))
+        yield places[-1]
+
+
+def _draws(tree: TokenTree) -> tuple[tuple[int, Law], ...]:
+    if tree.draws is not None:
+        return tree.draws
+    drawn = tree.laws is not None
+    return tuple((i, Law("iid", i) if drawn else Law("point")) for i in range(len(tree)))
