@@ -1,6 +1,7 @@
 """The exact law of the engine's output for every registered proposer, and planted faults that the
 audit must see."""
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence as Items
 from dataclasses import replace
@@ -62,8 +63,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("draft", {"policy": "heuristic"}),
     ("draft", {"policy": "confidence"}),
 ]
+
+
+def label(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps([*value.values()], default=lambda _: "")
+
+
 each_case = pytest.mark.parametrize(
-    ("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else str([*v.values()])
+    ("name", "options"),
+    CASES,
+    ids=label,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,7 +104,7 @@ def audited(name: str, options: dict[str, Any], **more: Any) -> Comparison:
     ("name", "options"),
     # the times of a beam tree's race are continuous: tests/test_beam_tree.py takes it to pieces
     [case for case in CASES if case[0] != "beam_tree"],
-    ids=lambda v: v if isinstance(v, str) else str([*v.values()]),
+    ids=label,
 )
 def test_law_of_three_tokens_is_the_target_s(name: str, options: dict[str, Any]) -> None:
     """Two steps at the least, every outcome of every draw and coin, through the production float32
