@@ -289,14 +289,14 @@ class Engine:
             self.proposer.observe(sequences, verdicts)
         records = []
         share = 1 / len(sequences)
-        for sequence, verdict in zip(sequences, verdicts, strict=True):
+        for sequence, tree, verdict in zip(sequences, trees, verdicts, strict=True):
             kept = sequence.append(list(verdict.tokens))
             if sequence.logits is not None:
                 rows = [0, *(node + 1 for node in verdict.path)]
                 sequence.logits.append(verdict.logits[rows[: len(kept)]])
             record = StepRecord(
                 sequence.request_id, sequence.index, tuple(kept), verdict.drafted,
-                verdict.accepted, sequence.finish_reason,
+                verdict.accepted, sequence.finish_reason, tree.ranks(verdict.path),
             )  # fmt: skip
             records.append(record)
             for stats in (sequence.stats, self.stats):

@@ -14,6 +14,9 @@ class StepRecord:
     drafted: int  # tokens proposed
     accepted: int  # of those, kept by the target; the cut may have dropped some from tokens
     finish_reason: str | None = None  # "stop", "length", "abort"; None while running
+    # of the root and every accepted node with children, in order: how many draws it had, and which
+    # of them was accepted, from 1; 0: none
+    ranks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -30,6 +33,8 @@ class RunStats:
     lossless: bool = True
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # accepted per step -> steps
     drafted_lengths: Counter[int] = field(default_factory=Counter)
+    # (depth of the children, how many draws, which was accepted or 0) -> times
+    ranks: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     slow_processors: tuple[str, ...] = ()  # logits processors called path by path
 
     def add(self, record: StepRecord) -> None:
@@ -39,6 +44,8 @@ class RunStats:
         self.accepted += record.accepted
         self.accepted_lengths[record.accepted] += 1
         self.drafted_lengths[record.drafted] += 1
+        for depth, (offered, taken) in enumerate(record.ranks, 1):
+            self.ranks[depth, offered, taken] += 1
 
     @property
     def acceptance_rate(self) -> float:
@@ -67,6 +74,18 @@ class RunStats:
             rates.append(kept / offered)
         return rates
 
+    def acceptance_by_rank(self, depth: int | None = None) -> list[float]:
+        """How often the k-th draw below a node was the accepted one, k = 1, 2, ..., of all nodes
+        that were reached and had so many: what optimal_shape takes. depth: of the draws, 1 below
+        the root; None: anywhere."""
+        counted = {key: n for key, n in self.ranks.items() if depth in (None, key[0])}
+        rates = []
+        for rank in range(1, max((offered for _, offered, _ in counted), default=0) + 1):
+            reached = sum(n for (_, offered, _), n in counted.items() if offered >= rank)
+            accepted = sum(n for (_, _, taken), n in counted.items() if taken == rank)
+            rates.append(accepted / reached)
+        return rates
+
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON; nan becomes None."""
 
@@ -82,6 +101,7 @@ class RunStats:
             "tokens_per_target_pass": plain(self.tokens_per_target_pass),
             "tokens_per_second": plain(self.tokens_per_second),
             "acceptance_by_position": [plain(r) for r in self.acceptance_by_position()],
+            "acceptance_by_rank": [plain(r) for r in self.acceptance_by_rank()],
             "seconds": {
                 "total": plain(self.total_seconds),
                 "draft": plain(self.draft_seconds),

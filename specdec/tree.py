@@ -134,6 +134,21 @@ class TokenTree:
         values = self.tokens.tolist()
         return tuple(Proposal(self.parents[n], values[n], law, n) for n, law in self._draws())
 
+    def ranks(self, path: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """For the root and every node of a path from it that has children: how many draws it has,
+        and with which of them the path goes on, from 1; 0 where it ends."""
+        if self.draws is None and self.is_chain:
+            ends = ((1, 0),) if len(path) < len(self) else ()
+            return ((1, 1),) * len(path) + ends
+        draws = _draws_below(self.parents, self.draws)
+        rows = [-1, *path]
+        found = []
+        for row, following in zip(rows, [*path, None], strict=True):
+            if row in draws:
+                its = draws[row]
+                found.append((len(its), 0 if following is None else its.index(following) + 1))
+        return tuple(found)
+
     @property
     def depths(self) -> tuple[int, ...]:
         """1 for a child of the root."""
@@ -175,6 +190,17 @@ def _check_proposal(proposal: Proposal, pairs: list[tuple[int, int]], rows: int)
 @lru_cache(maxsize=512)
 def chain_parents(length: int) -> tuple[int, ...]:
     return tuple(range(-1, length - 1))
+
+
+@lru_cache(maxsize=256)
+def _draws_below(
+    parents: tuple[int, ...], draws: tuple[tuple[int, Law], ...] | None
+) -> dict[int, list[int]]:
+    """Per node that has any, and -1 for the root, the nodes that its draws name, in draw order."""
+    found: dict[int, list[int]] = {}
+    for node in range(len(parents)) if draws is None else (node for node, _ in draws):
+        found.setdefault(parents[node], []).append(node)
+    return found
 
 
 @lru_cache(maxsize=4096)

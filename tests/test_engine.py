@@ -468,6 +468,7 @@ def test_sums_over_records_are_right() -> None:
         "tokens": 13, "steps": 6, "drafted": 16, "accepted": 9,
         "acceptance_rate": 0.5625, "tokens_per_target_pass": 2.166667, "tokens_per_second": 6.5,
         "acceptance_by_position": [0.8, 0.6, 0.333333, 0.333333],
+        "acceptance_by_rank": [],
         "seconds": {"total": 2.0, "draft": 0.5, "verify": 1.25, "other": 0.25},
         "lossless": True, "slow_processors": [],
     }  # fmt: skip

@@ -10,13 +10,15 @@ from specdec.errors import InvalidArgumentError
 from specdec.optimal import TreeChoice, expected_tokens, fastest_shape, optimal_shape
 from specdec.shapes import rows_per_level, shape_parents
 
-VECTORS: list[list[float]] = [
+VECTORS: list[Any] = [
     [0.6, 0.2, 0.1, 0.05],
     [0.1, 0.3, 0.5],  # the later ranks are better
     [0.9],
     [0.0, 0.7, 0.0, 0.2],
     [1.0, 0.0],
     [0.0],
+    [[0.5, 0.3], [0.8, 0.1, 0.05], [0.2, 0.6]],  # by depth
+    [[0.3, 0.3, 0.3], [0.9], []],
     *([rng.random() / 3 for _ in range(4)] for rng in map(random.Random, range(6))),
 ]
 
@@ -60,7 +62,7 @@ def test_there_are_as_many_trees_as_catalan_says() -> None:
 
 
 @pytest.mark.parametrize("acceptance", VECTORS, ids=str)
-def test_no_tree_of_eight_nodes_is_better(acceptance: list[float]) -> None:
+def test_no_tree_of_eight_nodes_is_better(acceptance: Any) -> None:
     for depth in (1, 2, 3, 8):
         best = 1.0
         for nodes in range(9):
@@ -79,6 +81,8 @@ def test_expected_tokens_of_a_chain_is_the_geometric_sum() -> None:
     assert expected_tokens((-1, -1, 0, 1), [0.5, 0.25]) == pytest.approx(1 + 0.75 + 0.375)
     assert expected_tokens((-1, -1), [0.5]) == 1.5  # a rank that was never measured
     assert expected_tokens((), [0.5]) == 1
+    by_depth = [[0.5], [0.25], [0.1]]  # the last one goes on
+    assert expected_tokens((-1, 0, 1, 2), by_depth) == 1 + 0.5 + 0.125 + 0.0125 + 0.00125
 
 
 def test_children_that_are_never_accepted_are_left_out() -> None:
@@ -101,8 +105,10 @@ def target_seconds(rows: int) -> float:
     return 1 + 0.1 * rows
 
 
-@pytest.mark.parametrize("acceptance", [[0.7, 0.15, 0.05], [0.3, 0.25, 0.2], [0.1, 0.1]], ids=str)
-def test_fastest_shape_weighs_tokens_against_time(acceptance: list[float]) -> None:
+@pytest.mark.parametrize(
+    "acceptance", [[0.7, 0.15, 0.05], [0.3, 0.25, 0.2], [0.1, 0.1], [[0.8], [0.3, 0.2]]], ids=str
+)
+def test_fastest_shape_weighs_tokens_against_time(acceptance: Any) -> None:
     found = fastest_shape(acceptance, draft_seconds, target_seconds, nodes=7, depth=4)
 
     def rate(shape: tuple[int, ...]) -> float:
@@ -133,6 +139,8 @@ def test_free_rows_make_large_trees_and_dear_ones_chains() -> None:
         (([], 4, 2), r"acceptance=\[\]: expected a probability"),
         (([0.5, 1.2], 4, 2), "acceptance=.*expected a probability"),
         (([float("nan")], 4, 2), "acceptance=.*expected a probability"),
+        (([[0.5], [2.0]], 4, 2), "acceptance=.*expected a probability"),
+        (([[]], 4, 2), "acceptance=.*expected a probability"),
         (([0.5], 256, 2), "nodes=256: expected 0 to 255"),
         (([0.5], -1, 2), "nodes=-1: expected"),
         (([0.5], 4, 0), "depth=0: expected at least 1"),

@@ -155,3 +155,22 @@ def test_malformed_tree_is_refused(
 def test_laws_must_be_enough_when_proposals_are_implied() -> None:
     with pytest.raises(InvalidArgumentError):
         TokenTree.build([1, 2], [-1, 0], None, torch.full((1, 3), 1 / 3))
+
+
+def test_ranks_along_a_path_count_draws() -> None:
+    chain = TokenTree.build([4, 5, 6], [-1, 0, 1])
+    assert chain.ranks([]) == ((1, 0),)
+    assert chain.ranks([0, 1]) == ((1, 1), (1, 1), (1, 0))
+    assert chain.ranks([0, 1, 2]) == ((1, 1),) * 3
+    assert TokenTree.build([], []).ranks([]) == ()
+    # the second child of the root was drawn first, and the first one twice
+    laws = torch.full((2, 9), 1 / 9)
+    draws = [
+        Proposal(-1, 5, Law("iid", 0), 1), Proposal(-1, 4, Law("iid", 0), 0),
+        Proposal(-1, 4, Law("iid", 0), 0), Proposal(1, 7, Law("iid", 1), 2),
+    ]  # fmt: skip
+    tree = TokenTree.build([4, 5, 7], [-1, -1, 1], draws, laws)
+    assert tree.ranks([]) == ((3, 0),)
+    assert tree.ranks([0]) == ((3, 2),)  # a leaf: nothing was drawn below it
+    assert tree.ranks([1, 2]) == ((3, 1), (1, 1))
+    assert tree.ranks([1]) == ((3, 1), (1, 0))
