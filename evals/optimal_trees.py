@@ -10,7 +10,7 @@ the text.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -91,11 +91,12 @@ def rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
 
-def table(
+def tables(
     setting: str, pair: tuple[Any, Any], halves: Sequence[Sequence[torch.Tensor]], samples: int,
     new_tokens: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Ranks from the first half of the prompts; predictions and measurements on the second."""
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Ranks from the first half of the prompts; predictions and measurements on the second. The
+    table of one setting, again and again as it grows."""
     probe: Contender = ("tree", {"shape": PROBE, "kind": KINDS[setting]}, len(PROBE))
     _, stats = measure(probe, pair, halves[0], setting, samples, new_tokens)
     acceptance = [stats.acceptance_by_rank(depth)[:RANKS] for depth in DEPTHS]
@@ -128,11 +129,11 @@ def table(
                 },
             }
         )
-    return {
-        "acceptance_by_depth_and_rank": [rounded(row) for row in acceptance],
-        "acceptance_by_rank": rounded(everywhere),
-        "sizes": sizes,
-    }
+        yield {
+            "acceptance_by_depth_and_rank": [rounded(row) for row in acceptance],
+            "acceptance_by_rank": rounded(everywhere),
+            "sizes": sizes,
+        }
 
 
 @click.command()
@@ -157,11 +158,11 @@ def main(out: Path, count: int, samples: int, settings: tuple[str, ...], new_tok
         "probe": PROBE,
         "settings": {},
     }
+    halves = prompts[::2], prompts[1::2]
     for setting in settings or KINDS:
-        result["settings"][setting] = table(
-            setting, (target, draft), (prompts[::2], prompts[1::2]), samples, new_tokens
-        )
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for table in tables(setting, (target, draft), halves, samples, new_tokens):
+            result["settings"][setting] = table
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
