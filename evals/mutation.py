@@ -330,10 +330,11 @@ def _install(tree: ast.Module, module: ModuleType) -> None:
     exec(compile(tree, str(module.__file__), "exec"), vars(module))
     renewed = {id(old): vars(module)[name] for name, old in before.items()
                if callable(old) and getattr(old, "__module__", "") == module.__name__}  # fmt: skip
-    for user in [m for m in sys.modules.values() if "specdec" in getattr(m, "__name__", "")]:
-        for name, value in list(vars(user).items()):
-            if id(value) in renewed:
-                setattr(user, name, renewed[id(value)])
+    for user, content in list(sys.modules.items()):
+        if "specdec" in user or user.startswith("test_"):
+            for name, value in list(vars(content).items()):
+                if id(value) in renewed:
+                    setattr(content, name, renewed[id(value)])
 
 
 def load_reasons(out: Path, target: str) -> dict[str, str]:

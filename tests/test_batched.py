@@ -395,13 +395,17 @@ def test_planted_fault_is_seen(rule: str, fault: str, monkeypatch: pytest.Monkey
         assert disagreements(rule, batches) > 0
 
 
-@pytest.mark.parametrize("draft", ["iid", "without replacement", "several drafters", "mixed"])
+@pytest.mark.parametrize(
+    "draft", ["iid", "without replacement", "point", "several drafters", "mixed"]
+)
 @pytest.mark.parametrize("rule", ["recursive", "kseq", "traversal"])
 def test_one_tree_under_many_coins(rule: str, draft: str) -> None:
     draws, rules, _, _ = GROUPS[draft]
     rng = random.Random(f"{rule} {draft}")
     for kind in ("generic", "peaked", "truncated") * (rule in rules):
         case = random_case(rng, kind, 5, draws, 8, 2, 4, torch.float64)
+        if draft == "point":
+            case.tree, case.q = replace(case.tree, laws=None), []
         batch = Batch.of(rng, [case] * 40, torch.float64)
         assert disagreements(rule, [batch]) == 0
 
@@ -902,3 +906,119 @@ def test_diagnosis_names_node_and_reason(
 
 def test_every_rule_is_batched() -> None:
     assert set(RULES) <= set(batched.__all__)
+
+
+# Index tensors.
+
+LAYOUT: dict[str, Any] = {
+    "row_offsets": (0, 3, 4, 9), "lengths": (2, 0, 4), "depth": 3, "laws": 5, "copies": 2,
+    "is_chain": False, "is_even": False, "is_plain": False,
+    "roots": [0, 3, 4], "counts": [2, 0, 4],
+    "parent_rows": [0, 1, 4, 4, 5, 7], "node_rows": [1, 2, 5, 6, 7, 8],
+    "sequence": [0, 0, 2, 2, 2, 2], "row_sequence": [0, 0, 0, 1, 2, 2, 2, 2, 2],
+    "local": [0, 1, 2, 0, 0, 1, 2, 3, 4], "nodes": [0, 1, 2, 3, 4, 5],
+    "steps": [0, 1, 2, 3], "blank": [[-1], [-1], [-1]],
+}  # fmt: skip
+BRANCHES: dict[str, Any] = {
+    "lineage": [[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 2], [3, 3, 3, 3],
+                [4, 4, 4, 4], [4, 5, 5, 5], [4, 6, 6, 6], [4, 5, 7, 7], [4, 5, 7, 8]],
+    "row_depths": [0, 1, 2, 0, 0, 1, 1, 2, 3],
+    "post_order": [[2, 1, 0, 0, 0], [3, 3, 3, 3, 3], [8, 7, 5, 6, 4]],
+    "has_draws": [True, True, False, False, True, True, False, True, False],
+    "laws_used": [[0, 0], [1, 0], [0, 0], [0, 0], [2, 3], [4, 0], [0, 0], [4, 0], [0, 0]],
+    "draw_parents": [0, 1, 4, 4, 5, 4, 5, 7], "draw_nodes": [0, 1, 2, 3, 4, 2, 4, 5],
+    "draw_laws": [0, 1, 2, 2, 0, 3, 4, 4], "draw_sequence": [0, 0, 2, 2, 2, 2, 2, 2],
+    "draw_is_point": [False, False, False, False, True, False, False, False],
+    "law_sequence": [0, 0, 2, 2, 2],
+}  # fmt: skip
+# By rank alone and, of the same, by depth.
+ROUND_FIELDS = ("parents", "rows", "nodes", "siblings", "own", "copy", "reduced", "fresh", "place",
+                "is_last")  # fmt: skip
+RANKS: list[tuple[Any, ...]] = [
+    ([0, 1, 4, 7, 5], [1, 2, 5, 8, 7], [0, 1, 2, 5, 4], [[0], [1], [2], [5], [4]],
+     [0, 1, 2, 4, 0], [0] * 5, [], [0, 1, 2, 3, 4], [0] * 5, False),
+    ([4, 5], [6, 7], [3, 4], [[2, 3], [4, 4]], [2, 4], [0, 1], [0], [0], [0, 0], False),
+    ([4], [5], [2], [[2, 3, 2]], [3], [1], [], [], [1], True),
+]  # fmt: skip
+ROUNDS: list[tuple[Any, ...]] = [
+    ([0, 4], [1, 5], [0, 2], [[0], [2]], [0, 2], [0, 0], [], [0, 1], [0, 0], False),
+    ([4], [6], [3], [[2, 3]], [2], [0], [0], [0], [0], False),
+    ([4], [5], [2], [[2, 3, 2]], [3], [1], [], [], [1], True),
+    ([1, 5], [2, 7], [1, 4], [[1], [4]], [1, 0], [0, 0], [], [0, 1], [0, 0], False),
+    ([5], [7], [4], [[4, 4]], [4], [1], [], [], [0], True),
+    ([7], [8], [5], [[5]], [4], [0], [], [0], [0], True),
+]
+
+
+def plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def test_layout_numbers_the_rows_of_a_ragged_batch() -> None:
+    bushy = TokenTree.build(
+        [3, 1, 2, 0], [-1, -1, 0, 2],
+        [Proposal(-1, 3, Law("without_replacement", 0), 0),
+         Proposal(-1, 1, Law("without_replacement", 0), 1),
+         Proposal(0, 2, POINT, 2), Proposal(-1, 3, Law("iid", 1), 0),
+         Proposal(0, 2, Law("iid", 2), 2), Proposal(2, 0, Law("without_replacement", 2), 3)],
+        torch.full((3, 4), 0.25),
+    )  # fmt: skip
+    layout = TreeBatch.of([PLAIN, EMPTY, bushy]).layout
+    found = layout.branches()
+    assert {name: plain(getattr(layout, name)) for name in LAYOUT} == LAYOUT
+    assert {name: plain(getattr(found, name)) for name in BRANCHES} == BRANCHES
+    assert [d.taken for d in layout.draws] == [(), (), (), (2,), (), (), (), ()]
+    assert found.is_used.sum(1).tolist() == [1, 1, 0, 0, 2, 1, 0, 1, 0]
+    for rounds, expected in ((found.ranks, RANKS), (found.rounds, ROUNDS)):
+        got = [tuple(plain(getattr(turn, name)) for name in ROUND_FIELDS) for turn in rounds]
+        assert got == expected
+        assert [turn.taken.tolist() for turn in rounds if len(turn.reduced)] == [[[2]]]
+        for turn in rounds:
+            assert turn.is_copy.equal(turn.copy > 0)
+            assert turn.is_drawn.equal(found.draw_is_point.logical_not()[
+                [[(d.row, d.rank) for d in layout.draws].index((row, turn.siblings.shape[1] - 1))
+                 for row in turn.rows.tolist()]
+            ])  # fmt: skip
+    assert [[place.tolist() for place in turn.used] for turn in found.ranks] == [
+        [[0, 1, 2, 4]], [[2, 4]], [[2], [3]],
+    ]  # fmt: skip
+
+
+def test_layout_of_chains_pads_them_to_one_length() -> None:
+    layout = TreeBatch.of(
+        [PLAIN, EMPTY, TokenTree.chain(torch.tensor([3]), torch.full((1, 4), 0.25))]
+    ).layout
+    assert (layout.is_chain, layout.is_even, layout.is_plain) == (True, False, True)
+    assert layout.chain_rows.tolist() == [[0, 1, 2], [3, 3, 3], [4, 5, 5]]
+    assert layout.chain_nodes.tolist() == [[0, 1, 0], [0, 0, 0], [2, 0, 0]]
+    assert layout.inside.tolist() == [[True, True], [False, False], [True, False]]
+    assert layout.is_last.tolist() == [[False, True], [False, False], [True, False]]
+    assert layout.checked.tolist() == [[0, 1, 2, 6, 7], [3, 3, 3, 3, 3], [4, 5, 5, 8, 4]]
+
+
+POINTS = TokenTree.chain(torch.tensor([1, 2]))
+
+
+def same_draws(tree: TokenTree, *draws: tuple[int, Law]) -> TokenTree:
+    return replace(tree, draws=draws)
+
+
+@pytest.mark.parametrize(
+    ("members", "chain", "even", "plain"),
+    [
+        ([POINTS, POINTS], True, True, True),
+        ([PLAIN, PLAIN], True, True, True),
+        ([POINTS, PLAIN], True, True, False),
+        ([same_draws(POINTS, (1, POINT), (0, POINT))], True, True, False),
+        ([same_draws(POINTS, (0, POINT), (1, POINT), (1, POINT))], False, False, False),
+        ([same_draws(PLAIN, (0, Law("iid", 1)), (1, Law("iid", 0)))], True, True, False),
+        ([same_draws(PLAIN, (0, Law("iid", 0)), (1, POINT))], True, True, False),
+        ([TokenTree.build([0, 1], [-1, -1])], False, False, False),
+        ([TokenTree.build([0, 1], [-1, 0])], True, True, True),
+    ],
+)  # fmt: skip
+def test_layout_knows_chains(
+    members: list[TokenTree], *, chain: bool, even: bool, plain: bool
+) -> None:
+    layout = TreeBatch.of(members).layout
+    assert (layout.is_chain, layout.is_even, layout.is_plain) == (chain, even, plain)
