@@ -188,6 +188,13 @@ def test_open_grows_the_pool_on_demand_and_keeps_what_is_there() -> None:
     group.check_integrity()
 
 
+def test_free_pages_count_when_the_pool_grows_for_a_long_sequence() -> None:
+    group = group_of("target")
+    group.close(group.open(8))  # two pages, free again
+    assert group.open(20).table.capacity == 20
+    group.check_integrity()
+
+
 def test_reserve_adds_only_the_pages_that_are_missing() -> None:
     group = group_of("target")
     sequence = group.open(5)

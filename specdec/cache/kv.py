@@ -114,7 +114,7 @@ class CacheGroup:
         count = -(-slots // self.pool.page_size)
         missing = count - self.pool.num_free
         if missing > 0:
-            self.allocate(min(self.max_pages, max(self.pool.num_pages * 2, missing + self.used)))
+            self.allocate(min(self.max_pages, max(self.pool.num_pages * 2, self.used + count)))
         page = self.pool.page_size
         sequence = CachedSequence(BlockTable(page), sinks=-(-sinks // page) * page)
         sequence.table.extend(self.pool.allocate(count))
