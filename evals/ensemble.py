@@ -45,12 +45,13 @@ def measure(
     spec: specdec.SpecModel, prompts: Sequence[torch.Tensor], temperature: float, new_tokens: int
 ) -> list[float]:
     """Tokens per target pass of each prompt; fixed seeds."""
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    flags: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        flags = {"do_sample": True, "temperature": temperature, "top_k": 0}
     found = []
     for index, ids in enumerate(prompts):
         spec.generate(
-            ids, max_new_tokens=new_tokens, seed=1000 + index, eos_token_id=None,
-            **{"do_sample": False, **sampling},
+            ids, max_new_tokens=new_tokens, seed=1000 + index, eos_token_id=None, **flags,
         )  # fmt: skip
         assert spec.last_stats is not None
         found.append(spec.last_stats.tokens_per_target_pass)
