@@ -6,7 +6,8 @@ Passes: one row of a random-weight draft behind 2k, 8k and 32k tokens, with its 
 a window of 512; what stands in the cache makes no difference to the time, so it is not computed.
 The windowed cache is timed twice: as it is after many drops, its pages in a ring, and with its
 pages in one run, which is what copying instead of recycling them would give; both by the captured
-forward and by the model's own modules, which gather scattered pages. Variants take turns.
+forward and by the model's own modules, which gather scattered pages. Variants take turns, each
+run once unmeasured, then timed.
 
 Tokens: the built-in pair on held-out code, as far as its 1024 positions go, with and without
 windows, greedy and sampled: tokens per target pass, and seconds per token, variants taking turns.
@@ -14,14 +15,16 @@ windows, greedy and sampled: tokens per target pass, and seconds per token, vari
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import click
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from specdec import Engine, SamplingParams, zoo
@@ -66,10 +69,13 @@ def _in_one_run(group: CacheGroup, cache: CachedSequence) -> CachedSequence:
     return replace(cache, table=other.table, computed=dict(cache.computed))
 
 
-def _time(variants: dict[str, Callable[[], object]], turns: int) -> dict[str, dict[str, Any]]:
+def _time(variants: Mapping[str, Callable[[], object]], turns: int) -> dict[str, dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(turns + 2):
-        for name, run in variants.items():
+        names = list(variants)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            run = variants[name]
+            run()  # what the variant before has left in the processor's caches
             began = time.thread_time()
             run()
             if turn >= 2:
@@ -83,11 +89,17 @@ def _time(variants: dict[str, Callable[[], object]], turns: int) -> dict[str, di
     }
 
 
+def _pass(runner: ModelRunner, cache: CachedSequence, context: int) -> object:
+    cache.computed[runner] = context
+    return runner.score([SequenceRows(cache, [5], keep=1)])
+
+
 def passes(shape: dict[str, int], turns: int) -> dict[str, Any]:
     """Seconds of one single-row pass by context, forward and kind of cache."""
     torch.manual_seed(0)
     config = LlamaConfig(**shape, max_position_embeddings=max(CONTEXTS) + PAGE)  # type: ignore[arg-type]
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model = LlamaForCausalLM(config).eval()
+    nn.Module.to(model, dtype=torch.bfloat16)
     found: dict[str, Any] = {}
     for forward in ("captured", "modules"):
         runner = ModelRunner(model)
@@ -101,15 +113,10 @@ def passes(shape: dict[str, int], turns: int) -> dict[str, Any]:
             caches = {"full": full, "window": ring, "window, one run": _in_one_run(group, ring)}
             assert not ring.table.contiguous
 
-            def one(cache: CachedSequence, context: int = context, by: Any = runner) -> object:
-                cache.computed[by] = context
-                return by.score([SequenceRows(cache, [5], keep=1)])
-
-            variants = {
-                name: lambda cache=cache, one=one: one(cache)  # type: ignore[misc]
-                for name, cache in caches.items()
-            }
-            times = _time(variants, turns)
+            times = _time(
+                {name: partial(_pass, runner, cache, context) for name, cache in caches.items()},
+                turns,
+            )
             whole = times["full"]["microseconds_median"]
             for of in times.values():
                 of["full_over_this"] = whole / of["microseconds_median"]
