@@ -18,9 +18,9 @@ from specdec.cli.inputs import questions, read_prompts
 from specdec.cli.models import (
     DTYPES,
     check_device,
-    check_same_vocabulary,
     load_model,
     load_tokenizer,
+    tokenizer_options,
 )
 from specdec.engine import PAGE_SIZE, Engine, fresh_seed
 from specdec.errors import InvalidArgumentError, SpecDecError
@@ -126,7 +126,7 @@ class _Output:
 @click.option(
     "--draft",
     default=None,
-    help="Small model with the target's tokenizer.  [default: small with --target big]",
+    help="Small model; its tokenizer may be another one.  [default: small with --target big]",
 )
 @click.option("--no-speculation", is_flag=True, help="Plain decoding, the baseline.")
 @click.option(
@@ -305,7 +305,13 @@ def _build_engine(
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(where)
     if draft is not None:
-        check_same_vocabulary(tokenizer, load_tokenizer("draft", draft), (target, draft))
+        its_own = tokenizer_options(tokenizer, load_tokenizer("draft", draft))
+        if its_own and isinstance(options["proposer"], list):
+            raise InvalidArgumentError(
+                f"--draft {draft!r}: its tokenizer differs from the target's; expected the same "
+                "where several proposers share a tree"
+            )
+        options["proposer_options"] = {**its_own, **options["proposer_options"]}
     model = load_model("target", target, dtype, where)
     small = load_model("draft", draft, dtype, where) if draft is not None else None
     return Engine(model, draft=small, grow=True, **options)

@@ -23,6 +23,7 @@ from specdec.proposers import (
     Proposer,
 )
 from specdec.proposers.checked import checked
+from specdec.proposers.text import by_vocabulary
 from specdec.rng import Noise, PhiloxNoise, derive_seed
 from specdec.runner import ModelRunner, Runner
 from specdec.sampling import Law, SamplingParams
@@ -34,8 +35,6 @@ from specdec.tree import TokenTree
 from specdec.verifier import Verifier
 
 PAGE_SIZE = 16
-# Vocabularies of one tokenizer differ in padding rows only; more than this is another tokenizer.
-MAX_PADDING_ROWS = 1024
 # The rules that need or gain most from one way of drafting: its kind, by rule and proposer.
 _KINDS = {
     "gumbel": dict.fromkeys(("draft", "tree", "dynamic_tree"), "coupled"),
@@ -466,6 +465,9 @@ def _make_proposer(
     if len({id(runner) for runner in runners}) < len(runners):
         raise InvalidArgumentError("draft: expected different Runners, one came twice")
     proposer = DraftModelProposer.name if proposer is None else proposer
+    if len(runners) == 1 and isinstance(proposer, str):
+        sizes = target.vocab_size, runners[0].vocab_size
+        proposer = by_vocabulary(proposer, options, *sizes)
     kinds = _KINDS.get(verification, {})
     if len(runners) > 1 or proposer == EnsembleProposer.name or not isinstance(proposer, str):
         return proposers.make_several(proposer, runners, options, kinds)
@@ -488,10 +490,5 @@ def _draft_runner(draft: Any, target: Runner, window: int | None) -> Runner:
     if runner.device != target.device:
         raise InvalidArgumentError(
             f"draft: it is on {runner.device}, the target on {target.device}; move one of them"
-        )
-    if abs(runner.vocab_size - target.vocab_size) > MAX_PADDING_ROWS:
-        raise InvalidArgumentError(
-            f"draft: its vocabulary has {runner.vocab_size} tokens, the target's "
-            f"{target.vocab_size}; expected a draft with the target's tokenizer"
         )
     return runner

@@ -369,7 +369,8 @@ def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
     target is proved once to run exactly on packed rows (UnsupportedModelError otherwise) and is
     itself left as it was. Options, all by keyword:
 
-    draft: a small model with the target's tokenizer, or a list of them: an ensemble.
+    draft: a small model, or a list of them: an ensemble. With a tokenizer of its own, both are
+        needed: proposer_options={"tokenizer": the target's, "draft_tokenizer": the draft's}.
     proposer: a name (specdec.proposers.names()), or a Proposer; default: "draft" with a draft,
         plain decoding without. A list of those is an ensemble: its members draft into one tree
         under one budget, and those that need a draft take the models of draft in order.
@@ -392,7 +393,9 @@ def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
         per member, by its name ({"ngram": {"branches": 2}}; "draft-1", "draft-2" where one name is
         there twice), and shares: proportions of the budget by those names. For a draft model
         temperature, top_k, top_p, min_p: what the draft samples with where it differs from the
-        target; processors=False: the target's logits processors do not act on the draft.
+        target; processors=False: the target's logits processors do not act on the draft. With two
+        tokenizers vocabulary: "shared" drafts the tokens that both have, from the draft's law on
+        them; "text" drafts text, which the target's tokenizer encodes; "auto" chooses.
     kv_memory: bytes that the caches of all models may take; the pool grows up to it on demand.
     release_weights: drop the originals of weights that packed copies stand in for; the target's
         own forward and state_dict() stop working.

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from specdec import Engine, SamplingParams, TokenTree
 from specdec.acceptance import batched
@@ -33,6 +36,17 @@ FOLDER = tempfile.TemporaryDirectory()
 INDEX = Path(FOLDER.name) / "small.idx"
 write_index(INDEX, [([0, 1, 2, 0, 1, 1, 2, 2, 0], True), ([1, 0, 2, 1], True)], vocab_size=V)
 
+
+def spelling(letters: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are these letters."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    )
+
+
+# the draft has two of the target's letters, at other places, and one of its own
+OTHER = {"tokenizer": spelling("abc"), "draft_tokenizer": spelling("cad")}
+
 # name -> what Engine needs besides the proposer's name, small enough to take every outcome
 OPTIONS: dict[str, dict[str, Any]] = {
     "draft": {"num_draft_tokens": 2},
@@ -45,12 +59,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "proposer_options": {"index": INDEX, "min_match": 1},
     },
     "tree": {"proposer_options": {"tree": (2, 1)}},
+    "text": {"num_draft_tokens": 2, "proposer_options": OTHER},
 }
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, OPTIONS.get(name, {"num_draft_tokens": 3})) for name in sorted(REGISTRY)),
     ("draft", {"num_draft_tokens": 2, "verification": "token"}),
     ("draft", {"num_draft_tokens": 2, "verification": "recursive"}),
     ("draft", {"num_draft_tokens": 2, "proposer_options": {"temperature": 0.5, "top_k": 2}}),
+    ("draft", {"num_draft_tokens": 2, "proposer_options": {**OTHER, "vocabulary": "shared"}}),
+    ("tree", {"tree": (2, 1), "proposer_options": OTHER}),
     ("tree", {"tree": (2, 1), "verification": "recursive"}),
     ("tree", {"tree": (1, 2)}),
     ("tree", {"tree": (2, 1), "proposer_options": {"kind": "iid"}}),

@@ -28,7 +28,8 @@ Model = Any  # a transformers model: its methods are typed in part
 VOCAB, CONTEXT, WINDOW = 64, 512, 32
 KV = 1 << 22
 SHAPES: list[dict[str, Any]] = [
-    {}, {"tree": (3, 2, 1)}, {"tree": (2, 2), "proposer_options": {"kind": "iid"}},
+    {"num_draft_tokens": 5}, {"tree": (3, 2, 1)},
+    {"tree": (2, 2), "proposer_options": {"kind": "iid"}},
     {"tree": (1, 2, 2), "proposer_options": {"kind": "top_k"}},
 ]  # fmt: skip
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: str([*s.values()]))
@@ -296,7 +297,7 @@ def test_verification_that_raised_leaves_no_trace(
 ) -> None:
     target, draft = pair
     params = SamplingParams(max_new_tokens=30, temperature=0.8)
-    options = {"draft": draft, "draft_window": 16, "kv_memory": KV}
+    options = {"draft": draft, "draft_window": 16, "kv_memory": KV, "num_draft_tokens": 4}
     wanted = texts(Engine(target, **options), [prompt_of(70)], params, [3])
     engine = Engine(target, **options)
     engine.add_request(prompt_of(70), params, seed=3)
@@ -318,7 +319,7 @@ def test_verification_that_raised_leaves_no_trace(
 
 def test_abort_gives_the_pages_back(pair: tuple[Model, Model]) -> None:
     target, draft = pair
-    engine = Engine(target, draft=draft, draft_window=16, kv_memory=KV)
+    engine = Engine(target, draft=draft, draft_window=16, kv_memory=KV, num_draft_tokens=4)
     params = SamplingParams(max_new_tokens=40, temperature=0)
     kept, gone = (engine.add_request(prompt_of(n), params) for n in (50, 90))
     engine.step()
@@ -333,7 +334,7 @@ def test_abort_gives_the_pages_back(pair: tuple[Model, Model]) -> None:
 def test_proposal_on_a_row_without_budget_is_caught_up_later(pair: tuple[Model, Model]) -> None:
     """A draft that was left out for a while reads what was committed meanwhile."""
     target, draft = pair
-    engine = Engine(target, draft=draft, draft_window=16, kv_memory=KV)
+    engine = Engine(target, draft=draft, draft_window=16, kv_memory=KV, num_draft_tokens=4)
     params = SamplingParams(max_new_tokens=120, temperature=0)
     [wanted] = texts(Engine(target, kv_memory=KV), [prompt_of(40)], params, [0])
     engine.add_request(prompt_of(40), params)

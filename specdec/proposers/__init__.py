@@ -17,6 +17,7 @@ from specdec.proposers.lookahead import LookaheadProposer
 from specdec.proposers.ngram import NgramProposer
 from specdec.proposers.retrieval import RetrievalProposer
 from specdec.proposers.suffix import SuffixProposer
+from specdec.proposers.text import TextDraftProposer
 from specdec.proposers.tree import DraftTreeProposer
 from specdec.runner import Runner
 
@@ -30,6 +31,7 @@ _BUILT_IN: tuple[type[Proposer], ...] = (
     NgramProposer,
     RetrievalProposer,
     SuffixProposer,
+    TextDraftProposer,
 )
 REGISTRY: dict[str, type[Proposer]] = {proposer.name: proposer for proposer in _BUILT_IN}
 # Other packages add theirs as entry points of this group; a built-in name stays what it is.
@@ -47,6 +49,7 @@ __all__ = [
     "Proposer",
     "RetrievalProposer",
     "SuffixProposer",
+    "TextDraftProposer",
     "find",
     "make",
     "make_several",

@@ -122,7 +122,7 @@ class BeamTreeProposer(Proposer):
             log_q = q.log()
             perturbed = self._gumbel(beams, q, noise).add_(log_q)
         most = max(its.width for its in beams)
-        best = perturbed[:, : self.model.known_tokens].topk(most, dim=-1)
+        best = perturbed[:, : self.model.known_ids].topk(most, dim=-1)
         gained = log_q.gather(1, best.indices).double()
         first = 0
         for its in beams:

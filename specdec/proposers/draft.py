@@ -2,6 +2,7 @@
 2302.01318), over the same slots of the same pages as the target."""
 
 from collections.abc import Callable, Sequence as Items
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class DraftModelProposer(Proposer):
     processors=False leaves the processors before them to the target. kind="coupled" draws each
     token with the Gumbel noise of its position that the rule gumbel reads too (Daliri et al. 2024,
     2408.07978), instead of "sampled" (the default, "auto"; with the rule gumbel it is "coupled").
+    tokenizer and draft_tokenizer, where they differ: those of target and draft; it drafts the
+    tokens that both have.
     """
 
     name = "draft"
@@ -36,14 +39,16 @@ class DraftModelProposer(Proposer):
     def __init__(
         self, runner: Runner, *, kind: str = "auto", temperature: float | None = None,
         top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-        processors: bool = True,
+        processors: bool = True, tokenizer: Any = None, draft_tokenizer: Any = None,
     ) -> None:  # fmt: skip
         kinds = ("auto", "sampled", "coupled")
         if kind not in kinds:
             raise InvalidArgumentError(f"kind={kind!r}: expected one of {', '.join(kinds)}")
         self.law = "coupled" if kind == "coupled" else "sampled"
         self.runner = runner
-        self.model = DraftModel(runner, processors, temperature, top_k, top_p, min_p)
+        self.model = DraftModel(
+            runner, processors, temperature, top_k, top_p, min_p, tokenizer, draft_tokenizer
+        )
 
     def join(self, group: CacheGroup, vocab_size: int) -> None:
         self.model.join(group, vocab_size)
@@ -63,7 +68,7 @@ class DraftModelProposer(Proposer):
 
     @property
     def max_positions(self) -> int | None:
-        return self.runner.max_positions
+        return self.model.max_positions
 
     def draft_rows(self, depth: int) -> tuple[int, ...]:
         return (1,) * depth
@@ -72,6 +77,7 @@ class DraftModelProposer(Proposer):
         self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
     ) -> list[TokenTree]:
         device = self.runner.device
+        budgets = self.model.within(sequences, budgets)
         depth = max(budgets, default=0)
         if depth == 0:
             return [TokenTree.empty(device) for _ in sequences]
@@ -190,7 +196,7 @@ class DraftModelProposer(Proposer):
             return law.best(logits, paths), None
         q = law.probabilities(logits, paths)
         if gumbel is not None:
-            return q.log().add_(gumbel)[:, : self.model.known_tokens].argmax(-1), None
+            return q.log().add_(gumbel)[:, : self.model.known_ids].argmax(-1), None
         assert coins is not None
         uniforms = coins.draft[:, level + 1]
         if rows is not None:

@@ -68,13 +68,16 @@ class DraftTreeProposer(Proposer):
         self, runner: Runner, *, tree: Items[int] | None = None, shape: Items[int] | None = None,
         kind: str = "auto", temperature: float | None = None, top_k: int | None = None,
         top_p: float | None = None, min_p: float | None = None, processors: bool = True,
+        tokenizer: Any = None, draft_tokenizer: Any = None,
     ) -> None:  # fmt: skip
         kinds = ("auto", *get_args(TreeKind))
         if kind not in kinds:
             raise InvalidArgumentError(f"kind={kind!r}: expected one of {', '.join(kinds)}")
         self.shape = _one_shape(tree, shape)
         self.kind = "without_replacement" if kind == "auto" else kind
-        self.model = DraftModel(runner, processors, temperature, top_k, top_p, min_p)
+        self.model = DraftModel(
+            runner, processors, temperature, top_k, top_p, min_p, tokenizer, draft_tokenizer
+        )
         self.law = "coupled" if kind == "coupled" else "point" if kind == "top_k" else "sampled"
 
     def join(self, group: CacheGroup, vocab_size: int) -> None:
@@ -95,7 +98,7 @@ class DraftTreeProposer(Proposer):
 
     @property
     def max_positions(self) -> int | None:
-        return self.model.runner.max_positions
+        return self.model.max_positions
 
     @property
     def preferred_nodes(self) -> int:
@@ -111,6 +114,7 @@ class DraftTreeProposer(Proposer):
     def propose(
         self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
     ) -> list[TokenTree]:
+        budgets = self.model.within(sequences, budgets)
         sprouts = [self._sprout(s, b) for s, b in zip(sequences, budgets, strict=True)]
         while active := [sprout for sprout in sprouts if sprout.frontier]:
             logits = self.model.score([self._rows(sprout) for sprout in active])
