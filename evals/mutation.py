@@ -331,7 +331,7 @@ def _install(tree: ast.Module, module: ModuleType) -> None:
     renewed = {id(old): vars(module)[name] for name, old in before.items()
                if callable(old) and getattr(old, "__module__", "") == module.__name__}  # fmt: skip
     for user, content in list(sys.modules.items()):
-        if "specdec" in user or user.startswith("test_"):
+        if "specdec" in user or "test_" in user:
             for name, value in list(vars(content).items()):
                 if id(value) in renewed:
                     setattr(content, name, renewed[id(value)])

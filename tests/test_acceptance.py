@@ -756,11 +756,23 @@ class Unhashable:
     proposals: list[tuple[int, Any, "Unhashable"]] = field(default_factory=list)
 
 
+class CountedLaw(list[float]):
+    """Counts how often its length was read."""
+
+    reads = 0
+
+    def __len__(self) -> int:
+        self.reads += 1
+        return super().__len__()
+
+
 def test_shared_children_are_checked_once() -> None:
-    node = Unhashable([0.5, 0.5])
-    for _ in range(60):  # 2^60 paths
+    law = CountedLaw([0.5, 0.5])
+    node = Unhashable(law)
+    for _ in range(5):
         node = Unhashable([0.5, 0.5], [(0, [1.0, 0.0], node)] * 2)
     check("recursive", node, lossy=False, params={})
+    assert law.reads == 1
 
 
 def test_unknown_rule_and_parameter_are_refused() -> None:

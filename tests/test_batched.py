@@ -396,15 +396,18 @@ def test_planted_fault_is_seen(rule: str, fault: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "draft", ["iid", "without replacement", "point", "several drafters", "mixed"]
-)
-@pytest.mark.parametrize("rule", ["recursive", "kseq", "traversal"])
+    ("rule", "draft"),
+    [(rule, draft) for draft, (_, rules, _, _) in GROUPS.items()
+     for rule in ("token", "block", "recursive", "kseq", "traversal") if rule in rules],
+)  # fmt: skip
 def test_one_tree_under_many_coins(rule: str, draft: str) -> None:
-    draws, rules, _, _ = GROUPS[draft]
+    draws, _, width, _ = GROUPS[draft]
+    draws = "iid" if draws == "one of each" else draws
     rng = random.Random(f"{rule} {draft}")
-    for kind in ("generic", "peaked", "truncated") * (rule in rules):
-        case = random_case(rng, kind, 5, draws, 8, 2, 4, torch.float64)
-        if draft == "point":
+    size, depth, width = (4, 4, 1) if width == 1 else (8, 2, 4)
+    for kind in ("generic", "peaked", "truncated"):
+        case = random_case(rng, kind, 5, draws, size, depth, width, torch.float64)
+        if draws == "point":
             case.tree, case.q = replace(case.tree, laws=None), []
         batch = Batch.of(rng, [case] * 40, torch.float64)
         assert disagreements(rule, [batch]) == 0
@@ -827,7 +830,11 @@ def test_misshapen_laws_are_refused(rule: str) -> None:
 
 
 def test_sound_laws_pass_the_diagnosis() -> None:
-    batch, p, q, _ = uniform_batch([PLAIN, EMPTY, PLAIN])
+    mixed = TokenTree.build(
+        [1, 2], [-1, 0], [Proposal(-1, 1, Law("iid", 0), 0), Proposal(0, 2, POINT, 1)],
+        torch.tensor([[0.5, 0.5, 0.0, 0.0]]),
+    )  # fmt: skip
+    batch, p, q, _ = uniform_batch([PLAIN, EMPTY, mixed])
     for rule in RULES:
         batched.diagnose(rule, batch, p, q)
 
