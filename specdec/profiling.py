@@ -13,7 +13,7 @@ from specdec.costs import CostCache, StepCosts, machine
 from specdec.errors import CacheFullError, NumericalError
 from specdec.proposers import Proposer
 from specdec.rng import Noise
-from specdec.runner import ModelRunner
+from specdec.runner import ModelRunner, SequenceRows
 from specdec.sampling import Law
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
@@ -69,11 +69,9 @@ class _Bench:
         return TokenTree.chain(tokens % self.verifier.runner.vocab_size)
 
     def _rewind(self, behind: int) -> None:
-        """Each model of the target's group has computed all but the last `behind` tokens. What its
-        slots hold is whatever was there: no time depends on it."""
+        """Each model of the target's group has computed all but the last `behind` tokens."""
         group, target = self.verifier.group, self.verifier.runner
         for sequence in self.sequences:
-            group.truncate(sequence.cache, 0)
             for model in group.memory:
                 missing = 1 if model is target else behind
                 sequence.cache.computed[model] = len(sequence.tokens) - missing
@@ -161,6 +159,12 @@ class _Opened:
                     self._room, frozenset(), None, cache,
                 )  # fmt: skip
                 self._bench.sequences.append(sequence)
+                for model in verifier.group.memory:
+                    # A model's slots may hold whatever was there, no time depends on it; another
+                    # runner may look at them.
+                    if not isinstance(model, ModelRunner):
+                        assert hasattr(model, "score")
+                        model.score([SequenceRows(cache, text)])
                 proposer.start(sequence)
         except BaseException:
             self.__exit__()
@@ -195,7 +199,7 @@ def _slopes(
     limits = [m for m in (verifier.runner.max_positions, proposer.max_positions) if m is not None]
     room = _room(proposer, depths)
     far = min([FAR_CONTEXT, *(limit - room for limit in limits)])
-    if far < 2 * CONTEXT:
+    if far < 2 * CONTEXT or not isinstance(verifier.runner, ModelRunner):
         return 0.0, 0.0, 0.0
     found: dict[int, list[tuple[float, float, int]]] = {}
     for context in (CONTEXT, far):

@@ -14,6 +14,7 @@ from specdec import Engine, SamplingParams, profiling
 from specdec.costs import CostCache, StepCosts, cache_folder, machine
 from specdec.policy import CostPolicy
 from specdec.sampling import Law
+from specdec.toy import TableRunner, random_table, with_overlap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -219,3 +220,14 @@ def test_costs_are_measured_without_the_callers_processors(
         warnings.simplefilter("error")
         list(engine)
     assert max(seen) < 20
+
+
+def test_runner_that_watches_its_slots_can_be_measured(folder: Path) -> None:
+    del folder
+    table = random_table(40, seed=1)
+    target, draft = TableRunner(table, 40), TableRunner(with_overlap(table, 0.8), 40)
+    engine = Engine(target, draft=draft)
+    engine.add_request([1, 2, 3], SamplingParams(max_new_tokens=30), seed=1)
+    [out] = list(engine)
+    assert len(out.token_ids) == 30
+    assert costs_of(engine).depths[-1] == 16

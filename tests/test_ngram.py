@@ -266,6 +266,17 @@ def test_a_resumed_sequence_forgets_the_tail_that_it_gave_up(target: Model) -> N
     assert torch.equal(again, alone.generate(turns[1], **sampled))
 
 
+def test_match_is_the_length_of_the_longest_ngram_that_occurred_before() -> None:
+    index = NgramIndex(2, 4, "latest", 1)
+    text = [1, 2, 3, 4, 5, 9, 2, 3, 4, 5, 7, 5, 7, 8]
+    index.extend(text[:6])
+    assert index.match == 0
+    for end, wanted in ((7, 0), (8, 2), (9, 3), (10, 4), (11, 0), (12, 0), (13, 2), (14, 0)):
+        index.extend(text[:end])
+        assert index.match == wanted, end
+        assert (index.match > 0) == bool(index.continuations(text[:end], 3))
+
+
 # --- wrong options
 
 

@@ -65,6 +65,12 @@ class NgramProposer(Proposer):
         index.extend(sequence.tokens)
         self._indexes[sequence] = index
 
+    def situation(self, sequence: Sequence) -> int:
+        """The length of the match, 0 where there is none."""
+        index = self._indexes[sequence]
+        index.extend(sequence.tokens)
+        return index.match
+
     def propose(
         self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
     ) -> list[TokenTree]:
@@ -138,6 +144,14 @@ class NgramIndex:
         if len(held) == self.branches or any(tokens[p] == tokens[start] for p in held):
             return held
         return (*held, start)
+
+    @property
+    def match(self) -> int:
+        """How many of the last tokens, up to max_ngram, occurred before; 0 below min_ngram."""
+        for length in range(len(self._active) - 1, self.min_ngram - 1, -1):
+            if self._starts[self._active[length]]:
+                return length
+        return 0
 
     def continuations(self, tokens: list[int], budget: int) -> list[list[int]]:
         """At most `branches` continuations of the text that was read, best first, of at most

@@ -83,6 +83,13 @@ class SuffixProposer(Proposer):
         request.read(sequence.tokens, self.past)
         self._requests[sequence] = request
 
+    def situation(self, sequence: Sequence) -> int:
+        """How many bits the length of the longer match has, in the request or in the past: 0, 1,
+        2-3, 4-7, ... tokens."""
+        request = self._requests[sequence]
+        request.read(sequence.tokens, self.past)
+        return max(request.automaton.open.length, request.past.length).bit_length()
+
     def propose(
         self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
     ) -> list[TokenTree]:
