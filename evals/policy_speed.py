@@ -1,0 +1,333 @@
+"""Is `auto` ever slower than plain decoding, and is it as fast as the best fixed draft length? And
+prompt lookup beside transformers' own. Both sides of every figure alternate in one process.
+
+    python -m specdec.evals.policy_speed sets --out evals/results/policy_sets.json
+    python -m specdec.evals.policy_speed synthetic --out evals/results/policy_synthetic.json
+    python -m specdec.evals.policy_speed lookup --out evals/results/policy_lookup.json
+
+A contender's figure on a prompt set is the sum over its prompts of the least time of several
+rounds. `copy_edits` is held to its reference, because the built-in pair does not copy: the target's
+pass is computed as ever, then its logits are replaced by certainty of the reference's next token;
+for transformers a logits processor does the same. The synthetic draft is right with a known
+probability and takes a known share of a target pass.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
+
+from specdec import Engine, SamplingParams, zoo
+from specdec.cache import CacheGroup
+from specdec.evals import prompts as prompt_sets
+from specdec.evals.speed import DTYPES, load, provenance
+from specdec.runner import ModelRunner, SequenceRows
+from specdec.toy import ContinuationRunner, SyntheticDraft
+
+SETS = ("heldout_code", "copy_edits", "json", "prose", "random")
+HELD = "copy_edits"
+LENGTHS = {"draft": (1, 2, 3, 4, 6, 8), "ngram": (2, 4, 8, 16, 32), "suffix": (4, 8, 16, 32)}
+ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+_CERTAIN = 1e4
+
+
+class Held:
+    """A Runner whose model computes as ever and then says what a given text says at each position;
+    what is drafted otherwise is rejected."""
+
+    def __init__(self, model: Any) -> None:
+        self._runner = ModelRunner(model)
+        self.vocab_size, self.device = self._runner.vocab_size, self._runner.device
+        self.max_positions, self.uses_threads = self._runner.max_positions, False
+        self.text = torch.empty(0, dtype=torch.long)  # prompt and continuation
+
+    def join(self, group: CacheGroup) -> None:
+        self._runner.join(group)
+        group.memory[self] = group.memory.pop(self._runner)
+
+    def score(self, rows: Sequence[SequenceRows]) -> Tensor:
+        following: list[int] = []
+        for row in rows:
+            begin = row.cache.computed_len(self)
+            row.cache.computed[self._runner] = begin
+            last = begin + len(row.tokens) - 1
+            places = list(range(begin, last + 1))
+            nodes = 0 if row.nodes is None else row.nodes.shape[0]
+            parents = range(-1, nodes - 1) if row.parents is None else row.parents
+            depths: list[int] = []
+            for parent in parents:
+                depths.append(depths[parent] + 1 if parent >= 0 else 1)
+            places += [last + depth for depth in depths[:nodes]]
+            following += places[len(places) - row.keep :]
+        logits = self._runner.score(rows)
+        for row in rows:
+            row.cache.computed[self] = row.cache.computed.pop(self._runner)
+        wanted = self.text[[min(place + 1, len(self.text) - 1) for place in following]]
+        return logits.zero_().scatter_(1, wanted[:, None], _CERTAIN)
+
+
+class HeldProcessor(LogitsProcessor):
+    """The same for transformers."""
+
+    def __init__(self) -> None:
+        self.text = torch.empty(0, dtype=torch.long)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores = torch.zeros_like(scores)
+        scores[:, self.text[min(input_ids.shape[1], len(self.text) - 1)]] = _CERTAIN
+        return scores
+
+
+@dataclass
+class Racer:
+    """One way to continue a prompt; run(prompt, seed) -> the new tokens."""
+
+    name: str
+    run: Callable[[list[int], int], tuple[int, ...]]
+    seconds: list[float] = field(default_factory=list)  # least, per prompt
+    texts: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def racer(name: str, target: Any, tokens: int, temperature: float, **options: Any) -> Racer:
+    engine = Engine(target, grow=True, **options)
+    params = SamplingParams(max_new_tokens=tokens, temperature=temperature)
+
+    def run(prompt: list[int], seed: int) -> tuple[int, ...]:
+        engine.add_request(prompt, params, seed=seed)
+        [out] = list(engine)
+        return out.token_ids
+
+    return Racer(name, run)
+
+
+def race(
+    racers: list[Racer], prompts: list[list[int]], rounds: int, label: str,
+    before: Callable[[int], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Every racer on every prompt in turn; the first round warms up and is not counted."""
+    for index, prompt in enumerate(tqdm(prompts, desc=label, mininterval=5)):
+        before(index)
+        least = [float("inf")] * len(racers)
+        for round_ in range(rounds + (index == 0)):
+            for i, each in enumerate(racers):
+                began = time.perf_counter()
+                text = each.run(prompt, index)
+                seconds = time.perf_counter() - began
+                if index or round_:
+                    least[i] = min(least[i], seconds)
+                if round_ == rounds - 1:
+                    each.texts.append(text)
+        for each, seconds in zip(racers, least, strict=True):
+            each.seconds.append(seconds)
+
+
+def outcome(racers: list[Racer]) -> dict[str, Any]:
+    """Speed of each against the first, which decodes plainly; auto against the best fixed."""
+    total = {each.name: sum(each.seconds) for each in racers}
+    plain = total[racers[0].name]
+    fixed = {name: s for name, s in total.items() if name.startswith("fixed")}
+    best = min({racers[0].name: plain, **fixed}.items(), key=lambda item: item[1])
+    return {
+        "speed against plain": {name: plain / seconds for name, seconds in total.items()},
+        "best fixed": best[0],
+        "auto against best fixed": best[1] / total["auto"],
+        "seconds": {each.name: each.seconds for each in racers},
+    }
+
+
+def read(name: str, count: int, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts, and where the set has them the continuations."""
+    found = prompt_sets.load(name)[:count]
+    ids = [tokenizer(prompt.text)["input_ids"] for prompt in found]
+    wholes = [
+        tokenizer(prompt.text + prompt.reference[0])["input_ids"] if prompt.reference else []
+        for prompt in found
+    ]
+    return ids, wholes
+
+
+@click.group()
+def main() -> None:
+    """Adaptive draft lengths against fixed ones and none."""
+    torch.set_num_threads(1)
+
+
+_COMMON = (
+    click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True),
+    click.option("--prompts", "count", default=10, show_default=True),
+    click.option("--tokens", default=128, show_default=True),
+    click.option("--rounds", default=3, show_default=True),
+    click.option("--out", type=click.Path(path_type=Path), required=True),
+)
+
+
+def _common(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_COMMON):
+        command = option(command)
+    return command
+
+
+def hopeless(draft: Any) -> Any:
+    """The draft with its weights in another order: as dear, and never right."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            flat = weight.view(-1)
+            flat.copy_(flat[torch.randperm(flat.shape[0], generator=draw)])
+    return draft
+
+
+@main.command()
+@_common
+@click.option("--only", multiple=True, type=click.Choice(SETS), help="Some sets.")
+def sets(
+    dtype: str, count: int, tokens: int, rounds: int, out: Path, only: tuple[str, ...]
+) -> None:
+    """auto, fixed lengths and plain decoding on each prompt set, with each proposer."""
+    kind = DTYPES[dtype]
+    tokenizer = AutoTokenizer.from_pretrained(zoo.path("big"))
+    big, small, broken = load("big", kind), load("small", kind), hopeless(load("small", kind))
+    result: dict[str, Any] = {"provenance": provenance(), "dtype": dtype, "tokens": tokens}
+    result["sets"] = {}
+    for name in only or SETS:
+        ids, wholes = read(name, count, tokenizer)
+        draft = broken if name == "random" else small
+        for temperature in (0.0,) if name == HELD else (0.0, 1.0):
+            for proposer, lengths in LENGTHS.items():
+                held = Held(big) if name == HELD else None
+                target = held or big
+                how: dict[str, Any] = {"proposer": proposer}
+                if proposer == "draft":
+                    how["draft"] = draft
+                racers = [racer("plain", target, tokens, temperature)]
+                racers.append(racer("auto", target, tokens, temperature, **how))
+                racers += [
+                    racer(f"fixed {n}", target, tokens, temperature, num_draft_tokens=n, **how)
+                    for n in lengths
+                ]
+
+                def hold(index: int, held: Held | None = held, wholes: Any = wholes) -> None:
+                    if held is not None:
+                        held.text = torch.tensor(wholes[index])
+
+                label = f"{name}, T={temperature:g}, {proposer}"
+                race(racers, ids, rounds, label, hold)
+                if temperature == 0 and any(r.texts != racers[0].texts for r in racers):
+                    raise click.ClickException(f"{label}: the texts differ: not lossless")
+                result["sets"][label] = outcome(racers)
+                _show(label, result["sets"][label])
+                _save(out, result)
+
+
+@main.command()
+@_common
+@click.option("--share", default=0.15, show_default=True, help="Draft pass over target pass.")
+def synthetic(dtype: str, count: int, tokens: int, rounds: int, out: Path, share: float) -> None:
+    """auto against fixed lengths with a synthetic draft of known acceptance."""
+    tokenizer = AutoTokenizer.from_pretrained(zoo.path("big"))
+    big = load("big", DTYPES[dtype])
+    ids, _ = read("heldout_code", count, tokenizer)
+    plain = racer("plain", big, tokens, 0.0)
+    race([plain], ids, 1, "plain text")
+    known = [[*prompt, *text] for prompt, text in zip(ids, plain.texts, strict=True)]
+    pass_seconds = share * sum(plain.seconds) / (tokens * len(ids))
+    result: dict[str, Any] = {
+        "provenance": provenance(), "dtype": dtype, "tokens": tokens,
+        "draft": "synthetic", "pass_seconds": pass_seconds, "share": share, "acceptance": {},
+    }  # fmt: skip
+    for rate in ACCEPTANCE:
+
+        def draft(rate: float = rate) -> SyntheticDraft:
+            oracle = ContinuationRunner(known, len(tokenizer))
+            return SyntheticDraft(oracle, rate, pass_seconds=pass_seconds)
+
+        racers = [racer("plain", big, tokens, 0.0)]
+        racers.append(racer("auto", big, tokens, 0.0, draft=draft()))
+        racers += [
+            racer(f"fixed {n}", big, tokens, 0.0, draft=draft(), num_draft_tokens=n)
+            for n in (1, 2, 3, 4, 6, 8, 12, 16)
+        ]
+        label = f"acceptance {rate:g}"
+        race(racers, ids, rounds, label)
+        result["acceptance"][f"{rate:g}"] = outcome(racers)
+        _show(label, result["acceptance"][f"{rate:g}"])
+        _save(out, result)
+
+
+@main.command()
+@_common
+def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
+    """Prompt lookup on copy-heavy prompts, ours and transformers'."""
+    kind = DTYPES[dtype]
+    tokenizer = AutoTokenizer.from_pretrained(zoo.path("big"))
+    big, theirs = load("big", kind), load("big", kind)
+    ids, wholes = read(HELD, count, tokenizer)
+    held, processor = Held(big), HeldProcessor()
+    racers = [
+        racer("plain", held, tokens, 0.0),
+        racer("auto", held, tokens, 0.0, proposer="ngram"),
+        *(
+            racer(f"fixed {n}", held, tokens, 0.0, proposer="ngram", num_draft_tokens=n)
+            for n in LENGTHS["ngram"]
+        ),
+    ]
+
+    def transformers(**options: Any) -> Callable[[list[int], int], tuple[int, ...]]:
+        def run(prompt: list[int], seed: int) -> tuple[int, ...]:
+            del seed
+            with torch.no_grad():
+                ids = theirs.generate(
+                    torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False,
+                    logits_processor=LogitsProcessorList([processor]), **options,
+                )  # fmt: skip
+            return tuple(ids[0, len(prompt) :].tolist())
+
+        return run
+
+    racers.append(Racer("transformers", transformers()))
+    racers += [
+        Racer(
+            f"transformers lookup {n}, ngram {size}",
+            transformers(prompt_lookup_num_tokens=n, max_matching_ngram_size=size),
+        )
+        for n in (4, 8, 16, 32)
+        for size in (2, 4)
+    ]
+
+    def hold(index: int) -> None:
+        held.text = processor.text = torch.tensor(wholes[index])
+
+    race(racers, ids, rounds, "lookup", hold)
+    if any(each.texts != racers[0].texts for each in racers):
+        raise click.ClickException("the texts differ")
+    found = outcome(racers)
+    speed = found["speed against plain"]
+    best = max((n for n in speed if "lookup" in n), key=lambda n: speed[n])
+    found["best of transformers"] = best
+    found["auto against it"] = speed["auto"] / speed[best]
+    found["best fixed against it"] = speed[found["best fixed"]] / speed[best]
+    _show("lookup", found)
+    click.echo(f"against {best}: {found['auto against it']:.2f}")
+    _save(out, {"provenance": provenance(), "dtype": dtype, "tokens": tokens, **found})
+
+
+def _show(label: str, found: dict[str, Any]) -> None:
+    speed = ", ".join(f"{name} {x:.2f}" for name, x in found["speed against plain"].items())
+    click.echo(f"{label}: {speed}; auto / best fixed {found['auto against best fixed']:.3f}")
+
+
+def _save(out: Path, result: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
