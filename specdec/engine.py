@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from specdec import proposers
 from specdec.acceptance import RULES
 from specdec.cache import CacheGroup, pages_for_memory
+from specdec.costs import StepCosts
 from specdec.errors import InvalidArgumentError
 from specdec.forward import one_thread
 from specdec.policy import Policy, make_policy
@@ -117,8 +118,8 @@ class Engine:
             parts = proposer if isinstance(proposer, (list, tuple)) else [proposer]
             unknown = any(isinstance(part, Proposer) for part in parts)
             named = "" if unknown else repr((*parts, draft_window, options))
-            measure = Profiler(self.verifier, self.proposer, self.groups, self.noise, named)
-            self.policy.join(self.proposer, measure)
+            self._profiler = Profiler(self.verifier, self.proposer, self.groups, self.noise, named)
+            self.policy.join(self.proposer, self._profiler)
         self._divide_memory(_DEFAULT_KV_BYTES if kv_memory is None else kv_memory, grow)
         if release_weights and isinstance(self.target, ModelRunner):
             self.target.release_weights()
@@ -141,6 +142,17 @@ class Engine:
     def groups(self) -> tuple[CacheGroup, ...]:
         """Every cache group: the target's, then those that drafts have to themselves."""
         return (self.group, *(self.proposer.groups if self.proposer is not None else ()))
+
+    def step_costs(
+        self, sampling: SamplingParams, *, batch: int = 1, max_depth: int = 16
+    ) -> StepCosts | None:
+        """Measured seconds of a step of `batch` sequences, by drafted depth, from the cache of
+        measured costs where they are known; None without a proposer, and where the cache has no
+        room to measure them."""
+        if self.proposer is None:
+            return None
+        with one_thread():
+            return self._profiler.costs(sampling.law(), batch, max_depth)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every cache group is in order."""
@@ -258,6 +270,9 @@ class Engine:
         sequences = self.scheduler.next_batch()
         if not sequences:
             return []
+        if self.proposer is not None:
+            with nullcontext() if self._uses_threads() else one_thread():
+                self.policy.prepare(sequences)
         try:
             with one_thread() if self._is_light(sequences) else nullcontext():
                 return self._advance(sequences)
@@ -269,15 +284,17 @@ class Engine:
     def _is_light(self, sequences: list[Sequence]) -> bool:
         """Whether nothing in the coming step is worth a second thread: few rows, and every runner
         on compiled kernels, which have one."""
-        runners = (runner for group in self.groups for runner in group.memory)
-        if any(getattr(runner, "uses_threads", True) for runner in runners):
+        if self._uses_threads():
             return False
         pending = sum(len(s.tokens) - s.cache.computed_len(self.target) for s in sequences)
         return pending <= _LIGHT_ROWS and pending * self.target.vocab_size <= _LIGHT_LOGITS
 
+    def _uses_threads(self) -> bool:
+        """Whether some runner has work for a second thread in every pass."""
+        runners = (runner for group in self.groups for runner in group.memory)
+        return any(getattr(runner, "uses_threads", True) for runner in runners)
+
     def _advance(self, sequences: list[Sequence]) -> list[StepRecord]:
-        if self.proposer is not None:
-            self.policy.prepare(sequences)
         began = time.perf_counter()
         trees = self._propose(sequences)
         drafted = time.perf_counter()

@@ -245,10 +245,14 @@ class Profiler:
         self._known: dict[tuple[int, str, int], StepCosts] = {}
 
     def __call__(self, sequences: Items[Sequence], max_depth: int) -> StepCosts | None:
-        """Costs of a step of this many sequences, sampled like these, rounded up to a power of two;
-        None where they cannot be measured."""
-        batch = 1 << (len(sequences) - 1).bit_length()
+        """Costs of a step of this many sequences, sampled like these; as costs()."""
         law = next((s.law for s in sequences if not s.law.greedy), sequences[0].law)
+        return self.costs(law, len(sequences), max_depth)
+
+    def costs(self, law: Law, batch: int, max_depth: int) -> StepCosts | None:
+        """Costs of a step of a batch, rounded up to a power of two, sampled by this law, down to a
+        depth; None where they cannot be measured."""
+        batch = 1 << (batch - 1).bit_length()
         mode = _mode(law)
         where = (batch, mode, max_depth)
         if where not in self._known:
