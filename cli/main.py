@@ -10,6 +10,7 @@ import torch
 
 from specdec.cli.generate import generate
 from specdec.cli.index import index
+from specdec.cli.tune import tune
 from specdec.errors import InvalidArgumentError, SpecDecError
 
 
@@ -62,6 +63,7 @@ def main() -> None:
 
 
 main.add_command(generate)
+main.add_command(tune)
 main.add_command(index)
 
 if __name__ == "__main__":

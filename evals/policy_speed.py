@@ -14,76 +14,26 @@ probability and takes a known share of a target pass.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer, LogitsProcessorList
 
 from specdec import Engine, SamplingParams, zoo
-from specdec.cache import CacheGroup
 from specdec.evals import prompts as prompt_sets
+from specdec.evals.held import HeldRunner, HeldTo
 from specdec.evals.speed import DTYPES, load, provenance
-from specdec.runner import ModelRunner, SequenceRows
 from specdec.toy import ContinuationRunner, SyntheticDraft
 
 SETS = ("heldout_code", "copy_edits", "json", "prose", "random")
 HELD = "copy_edits"
 LENGTHS = {"draft": (1, 2, 3, 4, 6, 8), "ngram": (2, 4, 8, 16, 32), "suffix": (4, 8, 16, 32)}
 ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
-_CERTAIN = 1e4
-
-
-class Held:
-    """A Runner whose model computes as ever and then says what a given text says at each position;
-    what is drafted otherwise is rejected."""
-
-    def __init__(self, model: Any) -> None:
-        self._runner = ModelRunner(model)
-        self.vocab_size, self.device = self._runner.vocab_size, self._runner.device
-        self.max_positions, self.uses_threads = self._runner.max_positions, False
-        self.text = torch.empty(0, dtype=torch.long)  # prompt and continuation
-
-    def join(self, group: CacheGroup) -> None:
-        self._runner.join(group)
-        group.memory[self] = group.memory.pop(self._runner)
-
-    def score(self, rows: Sequence[SequenceRows]) -> Tensor:
-        following: list[int] = []
-        for row in rows:
-            begin = row.cache.computed_len(self)
-            row.cache.computed[self._runner] = begin
-            last = begin + len(row.tokens) - 1
-            places = list(range(begin, last + 1))
-            nodes = 0 if row.nodes is None else row.nodes.shape[0]
-            parents = range(-1, nodes - 1) if row.parents is None else row.parents
-            depths: list[int] = []
-            for parent in parents:
-                depths.append(depths[parent] + 1 if parent >= 0 else 1)
-            places += [last + depth for depth in depths[:nodes]]
-            following += places[len(places) - row.keep :]
-        logits = self._runner.score(rows)
-        for row in rows:
-            row.cache.computed[self] = row.cache.computed.pop(self._runner)
-        wanted = self.text[[min(place + 1, len(self.text) - 1) for place in following]]
-        return logits.zero_().scatter_(1, wanted[:, None], _CERTAIN)
-
-
-class HeldProcessor(LogitsProcessor):
-    """The same for transformers."""
-
-    def __init__(self) -> None:
-        self.text = torch.empty(0, dtype=torch.long)
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        scores = torch.zeros_like(scores)
-        scores[:, self.text[min(input_ids.shape[1], len(self.text) - 1)]] = _CERTAIN
-        return scores
 
 
 @dataclass
@@ -202,7 +152,7 @@ def sets(
         draft = broken if name == "random" else small
         for temperature in (0.0,) if name == HELD else (0.0, 1.0):
             for proposer, lengths in LENGTHS.items():
-                held = Held(big) if name == HELD else None
+                held = HeldRunner(big) if name == HELD else None
                 target = held or big
                 how: dict[str, Any] = {"proposer": proposer}
                 if proposer == "draft":
@@ -214,7 +164,7 @@ def sets(
                     for n in lengths
                 ]
 
-                def hold(index: int, held: Held | None = held, wholes: Any = wholes) -> None:
+                def hold(index: int, held: HeldRunner | None = held, wholes: Any = wholes) -> None:
                     if held is not None:
                         held.text = torch.tensor(wholes[index])
 
@@ -270,7 +220,8 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("big"))
     big, theirs = load("big", kind), load("big", kind)
     ids, wholes = read(HELD, count, tokenizer)
-    held, processor = Held(big), HeldProcessor()
+    held = HeldRunner(big)
+    processors = LogitsProcessorList()
     racers = [
         racer("plain", held, tokens, 0.0),
         racer("auto", held, tokens, 0.0, proposer="ngram"),
@@ -286,7 +237,7 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
             with torch.no_grad():
                 ids = theirs.generate(
                     torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False,
-                    logits_processor=LogitsProcessorList([processor]), **options,
+                    logits_processor=processors, **options,
                 )  # fmt: skip
             return tuple(ids[0, len(prompt) :].tolist())
 
@@ -303,7 +254,8 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
     ]
 
     def hold(index: int) -> None:
-        held.text = processor.text = torch.tensor(wholes[index])
+        held.text = torch.tensor(wholes[index])
+        processors[:] = [HeldTo(wholes[index])]
 
     race(racers, ids, rounds, "lookup", hold)
     if any(each.texts != racers[0].texts for each in racers):

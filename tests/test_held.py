@@ -7,8 +7,9 @@ import torch
 from transformers import LogitsProcessorList
 
 import specdec
+from specdec import Engine, SamplingParams
 from specdec.errors import InvalidArgumentError
-from specdec.evals.held import HeldTo
+from specdec.evals.held import HeldRunner, HeldTo
 
 Model = Any  # a transformers model: its methods are typed in part
 
@@ -41,3 +42,15 @@ def test_last_token_is_repeated_behind_the_end(target: Model) -> None:
 def test_empty_text_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="text: it is empty"):
         HeldTo([])
+
+
+def test_runner_says_the_text_whatever_is_drafted(target: Model) -> None:
+    text = [0, 45, 67, 89, 45, 67, 89, 45, 67, 12, 13, 45, 67]
+    held = HeldRunner(target)
+    held.text = torch.tensor(text)
+    for options in ({}, {"proposer": "ngram"}, {"proposer": "suffix", "num_draft_tokens": 6}):
+        engine = Engine(held, kv_memory=1 << 20, **options)
+        engine.add_request(text[:3], SamplingParams(max_new_tokens=10, temperature=0))
+        [out] = list(engine)
+        assert list(out.token_ids) == text[3:]
+        assert engine.stats.accepted > 0 or not options
