@@ -566,3 +566,17 @@ def test_truncating_into_what_was_dropped_leaves_the_sinks(
     group.truncate(sequence, length)
     assert (sequence.computed_len("model"), sequence.dropped) == (left, dropped)
     group.check_integrity()
+
+
+@pytest.mark.parametrize("held", range(6))
+def test_pool_grows_by_what_a_new_sequence_needs(held: int) -> None:
+    """Also where some pages are free, but too few."""
+    group = CacheGroup(16, 1 << 12, torch.device("cpu"))
+    group.allocate(6)
+    kept = [group.open(16) for _ in range(held)]
+    sequence = group.open(16 * 20)
+    assert sequence.table.capacity == 16 * 20
+    assert group.used == held + 20
+    group.check_integrity()
+    for each in (*kept, sequence):
+        group.close(each)

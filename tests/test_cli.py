@@ -257,7 +257,17 @@ def test_batch_gives_each_line_what_it_gets_alone(cli: Cli) -> None:
 
 
 def test_sampled_batch_does_not_depend_on_its_size(cli: Cli) -> None:
-    options = ["--max-new-tokens", "8", "--temperature", "1", "--seed", "3"]
+    # with an adaptive number, what is drafted, and so the text, depends on what a batch costs
+    options = [
+        "--max-new-tokens",
+        "8",
+        "--temperature",
+        "1",
+        "--seed",
+        "3",
+        "--num-draft-tokens",
+        "4",
+    ]
     lines = "\n".join([PROMPT, "the quick", "stop"])
     one, two = (cli("--batch", n, *options, stdin=lines).stdout for n in "13")
     assert one == two
@@ -307,10 +317,11 @@ def test_chat_keeps_the_cache_between_turns(chat: Cli, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ModelRunner, "score", counting)
     first = "a long first turn " * 4 + "\n"
-    chat("--chat", "--max-new-tokens", "4", stdin=first)
+    turn = ["--chat", "--max-new-tokens", "4", "--num-draft-tokens", "2"]
+    chat(*turn, stdin=first)
     longest = max(rows)
     rows.clear()
-    chat("--chat", "--max-new-tokens", "4", stdin=first + "b\n")
+    chat(*turn, stdin=first + "b\n")
     assert longest > 40
     assert sum(count > 30 for count in rows) == 2  # target and draft read the first turn, once
 
