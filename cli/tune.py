@@ -11,9 +11,9 @@ from tqdm import tqdm
 from specdec.cli.models import (
     DTYPES,
     check_device,
-    check_same_vocabulary,
     load_model,
     load_tokenizer,
+    tokenizer_options,
 )
 from specdec.errors import InvalidArgumentError
 from specdec.evals import prompts as prompt_sets
@@ -29,7 +29,7 @@ def _with_bar(items: Sequence[Any], label: str) -> Iterator[Any]:
 @click.option("--target", default="big", show_default=True, help="big, a folder or a hub name.")
 @click.option(
     "--draft", default=None,
-    help="Small model with the target's tokenizer.  [default: small with --target big]",
+    help="Small model; its tokenizer may be another one.  [default: small with --target big]",
 )  # fmt: skip
 @click.option("--no-draft", is_flag=True, help="Look at what drafts without a model only.")
 @click.option(
@@ -77,8 +77,9 @@ def tune(
     if draft is None and target == "big" and not no_draft:
         draft = "small"
     tokenizer = load_tokenizer("target", target)
-    if draft is not None:
-        check_same_vocabulary(tokenizer, load_tokenizer("draft", draft), (target, draft))
+    tokenizers = (
+        {} if draft is None else tokenizer_options(tokenizer, load_tokenizer("draft", draft))
+    )
     models = [
         None if name is None else load_model(role, name, dtype, device)
         for role, name in (("target", target), ("draft", draft))
@@ -93,8 +94,10 @@ def tune(
         click.echo(fitting.note, err=True)
     ids = [tokenizer(prompt.text)["input_ids"] for prompt in fitting.kept]
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
-    tuner = Tuner(models[0], models[1], ids, sampling, rounds=rounds, progress=_with_bar)
-    tuning = tuner.run()
+    tuning = Tuner(
+        models[0], models[1], ids, sampling,
+        rounds=rounds, progress=_with_bar, tokenizers=tokenizers,
+    ).run()  # fmt: skip
     if out is not None:
         save(tuning, out)
     if picture is not None:

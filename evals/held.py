@@ -71,4 +71,4 @@ class HeldRunner:
         for row in rows:
             row.cache.computed[self] = row.cache.computed.pop(self._runner)
         wanted = self.text[[min(place + 1, len(self.text) - 1) for place in following]]
-        return logits.zero_().scatter_(1, wanted[:, None], _CERTAIN)
+        return torch.zeros_like(logits).scatter_(1, wanted[:, None], _CERTAIN)

@@ -75,8 +75,11 @@ class Tuner:
     def __init__(
         self, target: Any, draft: Any, prompts: Sequence[list[int]], sampling: SamplingParams, *,
         rounds: int = 3, progress: Progress = lambda items, _: iter(items),
+        tokenizers: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """draft: a model or None. Raises InvalidArgumentError for fewer than two prompts."""
+        """draft: a model or None. tokenizers: the proposer options of a draft whose tokenizer is
+        not the target's; it drafts chains only. Raises InvalidArgumentError for fewer than two
+        prompts."""
         if len(prompts) < 2:
             raise InvalidArgumentError(
                 f"{len(prompts)} prompts: expected at least 2, half to learn from and half to time"
@@ -85,6 +88,7 @@ class Tuner:
         half = len(prompts) // 2
         self.learnt_from, self.timed_on = prompts[:half], prompts[half:]
         self.rounds, self.progress = rounds, progress
+        self.tokenizers = tokenizers or {}
         self.costs: dict[str, Any] = {}
         self.acceptance: dict[str, Any] = {}
 
@@ -92,7 +96,9 @@ class Tuner:
         """Everything, in turn."""
         predicted = [self._chains(name) for name in ("ngram", "suffix")]
         if self.draft is not None:
-            predicted += [self._chains("draft"), self._trees()]
+            predicted.append(self._chains("draft"))
+            if not self.tokenizers:
+                predicted.append(self._trees())
         chosen = [Finding(Setting("plain", {}), 1.0, 1.0)]
         chosen += [self._adaptive(name) for name in ("ngram", "suffix")]
         if self.draft is not None:
@@ -108,8 +114,12 @@ class Tuner:
         return Tuning([*chosen, *rest], self.costs, self.acceptance)
 
     def _engine(self, setting: Setting) -> Engine:
-        draft = {"draft": self.draft} if setting.uses_draft else {}
-        return Engine(self.target, grow=True, **draft, **setting.arguments)
+        if not setting.uses_draft:
+            return Engine(self.target, grow=True, **setting.arguments)
+        arguments: dict[str, Any] = {"draft": self.draft, **setting.arguments}
+        if self.tokenizers:
+            arguments["proposer_options"] = self.tokenizers
+        return Engine(self.target, grow=True, **arguments)
 
     def _adaptive(self, name: str) -> Finding:
         return Finding(Setting(f"{name}, auto", {"proposer": name}, name == "draft"))
