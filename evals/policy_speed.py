@@ -152,21 +152,27 @@ def sets(
         draft = broken if name == "random" else small
         for temperature in (0.0,) if name == HELD else (0.0, 1.0):
             for proposer, lengths in LENGTHS.items():
-                held = HeldRunner(big) if name == HELD else None
-                target = held or big
+                helds: list[HeldRunner] = []
+
+                def target(helds: list[HeldRunner] = helds, name: str = name) -> Any:
+                    if name != HELD:
+                        return big
+                    helds.append(HeldRunner(big))  # each engine needs a runner of its own
+                    return helds[-1]
+
                 how: dict[str, Any] = {"proposer": proposer}
                 if proposer == "draft":
                     how["draft"] = draft
-                racers = [racer("plain", target, tokens, temperature)]
-                racers.append(racer("auto", target, tokens, temperature, **how))
+                racers = [racer("plain", target(), tokens, temperature)]
+                racers.append(racer("auto", target(), tokens, temperature, **how))
                 racers += [
-                    racer(f"fixed {n}", target, tokens, temperature, num_draft_tokens=n, **how)
+                    racer(f"fixed {n}", target(), tokens, temperature, num_draft_tokens=n, **how)
                     for n in lengths
                 ]
 
-                def hold(index: int, held: HeldRunner | None = held, wholes: Any = wholes) -> None:
-                    if held is not None:
-                        held.text = torch.tensor(wholes[index])
+                def hold(index: int, helds: list[HeldRunner] = helds, wholes: Any = wholes) -> None:
+                    for each in helds:
+                        each.text = torch.tensor(wholes[index])
 
                 label = f"{name}, T={temperature:g}, {proposer}"
                 race(racers, ids, rounds, label, hold)
@@ -220,13 +226,18 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("big"))
     big, theirs = load("big", kind), load("big", kind)
     ids, wholes = read(HELD, count, tokenizer)
-    held = HeldRunner(big)
+    helds: list[HeldRunner] = []
+
+    def held() -> HeldRunner:
+        helds.append(HeldRunner(big))  # each engine needs a runner of its own
+        return helds[-1]
+
     processors = LogitsProcessorList()
     racers = [
-        racer("plain", held, tokens, 0.0),
-        racer("auto", held, tokens, 0.0, proposer="ngram"),
+        racer("plain", held(), tokens, 0.0),
+        racer("auto", held(), tokens, 0.0, proposer="ngram"),
         *(
-            racer(f"fixed {n}", held, tokens, 0.0, proposer="ngram", num_draft_tokens=n)
+            racer(f"fixed {n}", held(), tokens, 0.0, proposer="ngram", num_draft_tokens=n)
             for n in LENGTHS["ngram"]
         ),
     ]
@@ -254,7 +265,8 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
     ]
 
     def hold(index: int) -> None:
-        held.text = torch.tensor(wholes[index])
+        for each in helds:
+            each.text = torch.tensor(wholes[index])
         processors[:] = [HeldTo(wholes[index])]
 
     race(racers, ids, rounds, "lookup", hold)

@@ -232,17 +232,20 @@ def plot(tuning: Tuning, path: Path) -> None:
         raise InvalidArgumentError(
             "--plot needs matplotlib: pip install 'specdec[report]'"
         ) from error
-    both = [f for f in tuning.findings if f.predicted is not None and f.measured is not None]
+    both = [
+        (f.setting.name, f.predicted, f.measured)
+        for f in tuning.findings
+        if f.predicted is not None and f.measured is not None
+    ]
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
-    highest = max(max(f.predicted or 0, f.measured or 0) for f in both) * 1.1
+    highest = max(max(predicted, measured) for _, predicted, measured in both) * 1.1
     axes.plot([0, highest], [0, highest], color="grey", linewidth=0.8)
-    for finding in both:
-        axes.plot(finding.predicted, finding.measured, "o", color="tab:blue")
+    for name, predicted, measured in both:
+        axes.plot(predicted, measured, "o", color="tab:blue")
         axes.annotate(
-            finding.setting.name, (finding.predicted or 0, finding.measured or 0), fontsize=8,
-            xytext=(4, 4), textcoords="offset points",
-        )  # fmt: skip
+            name, (predicted, measured), fontsize=8, xytext=(4, 4), textcoords="offset points"
+        )
     axes.set(
         xlabel="predicted speed against plain decoding",
         ylabel="measured speed against plain decoding",

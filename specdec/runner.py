@@ -97,6 +97,10 @@ class ModelRunner:
         return sum(shape.slot_bytes for shape in self._prepared.shapes)
 
     def join(self, group: CacheGroup) -> None:
+        if self._memory is not None:  # block tables of one group say nothing in another
+            raise InvalidArgumentError(
+                "this runner belongs to an engine already: expected one of its own for each"
+            )
         self._memory = group.add_model(self, self._prepared.shapes)
 
     def refresh(self) -> None:

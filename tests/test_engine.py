@@ -500,7 +500,7 @@ def test_engine_s_sums_are_those_of_its_requests(make: Callable[..., Engine]) ->
         ({"num_draft_tokens": 2.5}, r"num_draft_tokens=2\.5: expected a whole number, 0 to"),
         ({"num_draft_tokens": True}, "num_draft_tokens=True"),
         ({"verification": "blok"}, "verification='blok': expected 'auto' or one of block, "),
-        ({"proposer": "crystal ball"}, "proposer='crystal ball': expected one of draft"),
+        ({"proposer": "crystal ball"}, "proposer='crystal ball': expected one of beam_tree"),
         ({"proposer": "draft", "draft": None}, "proposer='draft' needs draft="),
         ({"draft": []}, "draft: expected one model or more, got none"),
         ({"draft": "small"}, "expected a transformers PreTrainedModel, got builtins.str"),

@@ -46,9 +46,9 @@ def test_empty_text_is_refused() -> None:
 
 def test_runner_says_the_text_whatever_is_drafted(target: Model) -> None:
     text = [0, 45, 67, 89, 45, 67, 89, 45, 67, 12, 13, 45, 67]
-    held = HeldRunner(target)
-    held.text = torch.tensor(text)
     for options in ({}, {"proposer": "ngram"}, {"proposer": "suffix", "num_draft_tokens": 6}):
+        held = HeldRunner(target)
+        held.text = torch.tensor(text)
         engine = Engine(held, kv_memory=1 << 20, **options)
         engine.add_request(text[:3], SamplingParams(max_new_tokens=10, temperature=0))
         [out] = list(engine)

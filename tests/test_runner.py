@@ -582,3 +582,11 @@ def test_model_whose_own_logits_are_nan_is_named_as_that() -> None:
         model.get_output_embeddings().weight.fill_(float("nan"))
     with pytest.raises(NumericalError, match="LlamaForCausalLM: its own logits hold NaN"):
         ModelRunner(model)
+
+
+def test_runner_serves_one_engine(target: LlamaForCausalLM) -> None:
+    """Block tables of one cache group say nothing in another's memory."""
+    runner = ModelRunner(target)
+    runner.join(CacheGroup(16, 64, torch.device("cpu")))
+    with pytest.raises(InvalidArgumentError, match="belongs to an engine already"):
+        runner.join(CacheGroup(16, 64, torch.device("cpu")))
