@@ -45,7 +45,9 @@ class Round:
     own: Tensor  # (n,) stored law, 0 for a point mass
     place: Tensor  # (n,) which of the parent's laws that is
     reduced: Tensor  # (m,) the proposals drawn from what earlier siblings left of their law
-    taken: Tensor  # (m, most) packed nodes that are gone from that law, repeated to equal length
+    taken: (
+        Tensor  # (m, most) packed nodes that are gone from that law, repeated; unread where m = 0
+    )
     copy: Tensor  # (n,)
     is_copy: Tensor  # (n,) bool: of an earlier proposal
     fresh: Tensor  # (f,) the others
@@ -159,9 +161,8 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
         parents == chain_parents(len(parents)) for parents, _, _ in shapes
     )
 
-    def tensor(values: object, *shape: int) -> Tensor:
-        found = torch.tensor(values, dtype=torch.long, device=device)
-        return found.view(shape) if shape else found
+    def tensor(values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
 
     @lru_cache(maxsize=1)
     def branches() -> Branches:
@@ -191,10 +192,8 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
         chain_rows=tensor([[r + min(i, n) for i in along] for r, _, n in starts]),
         nodes=tensor(range(node_offsets[-1])),
         chain_nodes=tensor([[o + i if i < n else 0 for i in along] for _, o, n in starts]),
-        inside=tensor([[i < n for i in range(depth)] for n in lengths], len(shapes), depth).bool(),
-        is_last=tensor(
-            [[i == n - 1 for i in range(depth)] for n in lengths], len(shapes), depth
-        ).bool(),
+        inside=tensor([[i < n for i in range(depth)] for n in lengths]).bool(),
+        is_last=tensor([[i == n - 1 for i in range(depth)] for n in lengths]).bool(),
         checked=tensor(
             [
                 [
@@ -275,10 +274,8 @@ def _branches(
         post_order=tensor([order + order[-1:] * (most - len(order)) for order in orders]),
         has_draws=tensor([bool(ds) for ds in proposals]).bool(),
         children=tensor([ns + ns[-1:] * (widest - len(ns)) for ns in nodes]),
-        laws_used=tensor([u + [0] * (places - len(u)) for u in used], len(lines), places),
-        is_used=tensor(
-            [[s < len(u) for s in range(places)] for u in used], len(lines), places
-        ).bool(),
+        laws_used=tensor([u + [0] * (places - len(u)) for u in used]),
+        is_used=tensor([[s < len(u) for s in range(places)] for u in used]).bool(),
         draw_parents=tensor([d.parent for d in draws]),
         draw_nodes=tensor([d.node for d in draws]),
         draw_laws=tensor([max(d.law, 0) for d in draws]),
@@ -325,8 +322,7 @@ def _round(group: list[Draw], proposals: list[list[Draw]], tensor: MakeTensor) -
         ),
         reduced=tensor(reduced),
         taken=tensor(
-            [group[i].taken + group[i].taken[-1:] * (most - len(group[i].taken)) for i in reduced],
-            len(reduced), most,
+            [group[i].taken + group[i].taken[-1:] * (most - len(group[i].taken)) for i in reduced]
         ),
         copy=tensor([d.copy for d in group]),
         is_copy=tensor([d.copy > 0 for d in group]).bool(),
