@@ -959,6 +959,7 @@ ROUNDS: list[tuple[Any, ...]] = [
 
 
 def plain(value: Any) -> Any:
+    assert not isinstance(value, list)
     return value.tolist() if isinstance(value, Tensor) else value
 
 
@@ -975,6 +976,7 @@ def test_layout_numbers_the_rows_of_a_ragged_batch() -> None:
     found = layout.branches()
     assert {name: plain(getattr(layout, name)) for name in LAYOUT} == LAYOUT
     assert {name: plain(getattr(found, name)) for name in BRANCHES} == BRANCHES
+    assert isinstance(layout.draws, tuple)
     assert [d.law for d in layout.draws] == [0, 1, 2, 2, -1, 3, 4, 4]
     assert [d.taken for d in layout.draws] == [(), (), (), (2,), (), (), (), ()]
     assert found.is_used.sum(1).tolist() == [1, 1, 0, 0, 2, 1, 0, 1, 0]
@@ -1024,6 +1026,8 @@ def same_draws(tree: TokenTree, *draws: tuple[int, Law]) -> TokenTree:
         ([same_draws(PLAIN, (0, Law("iid", 0)), (1, POINT))], True, True, False),
         ([TokenTree.build([0, 1], [-1, -1])], False, False, False),
         ([TokenTree.build([0, 1], [-1, 0])], True, True, True),
+        ([TokenTree.build([1], [-1], [Proposal(-1, 1, Law("iid", 0), 0)], torch.ones(2, 4) / 4)],
+         True, True, False),
     ],
 )  # fmt: skip
 def test_layout_knows_chains(
@@ -1031,3 +1035,19 @@ def test_layout_knows_chains(
 ) -> None:
     layout = TreeBatch.of(members).layout
     assert (layout.is_chain, layout.is_even, layout.is_plain) == (chain, even, plain)
+
+
+def test_layout_of_uneven_siblings_repeats_what_is_gone() -> None:
+    fair, first = torch.full((2, 4), 0.25), [Law("without_replacement", 0)] * 4
+    second = [Law("iid", 1), *first[1:]]  # its second law comes first
+    members = [
+        TokenTree.build(
+            list(range(4)), [-1] * 4, [Proposal(-1, x, law, x) for x, law in enumerate(drawn)], fair
+        )
+        for drawn in (second, first)
+    ]
+    found = TreeBatch.of(members).layout.branches()
+    last = found.ranks[3]
+    assert last.nodes.tolist() == [3, 7]
+    assert last.taken.tolist() == [[1, 2, 2], [4, 5, 6]]
+    assert last.place.tolist() == [1, 0]

@@ -236,8 +236,7 @@ def _draws(shapes: tuple[Shape, ...]) -> tuple[Draw, ...]:
 
 def _is_plain(draws: tuple[Draw, ...], laws: int) -> bool:
     in_order = [d.node for d in draws] == list(range(len(draws)))
-    points = laws == 0 and all(d.kind == "point" for d in draws)
-    return in_order and (points or (laws == len(draws) and all(d.law == d.node for d in draws)))
+    return in_order and (laws == 0 or (laws == len(draws) and all(d.law == d.node for d in draws)))
 
 
 def _branches(
