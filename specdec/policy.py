@@ -111,9 +111,11 @@ class ConfidencePolicy(Policy):
         return [self.num_draft_tokens] * len(sequences)
 
 
-# How quickly old steps lose weight, what a rate is taken for before anything was seen, and after
-# how many steps without a draft the first is tried again.
-_KEEP, _GUESS, _GUESS_WEIGHT, _FIRST_WAIT, _LONGEST_WAIT = 0.97, 0.5, 1.0, 4, 256
+# How quickly old steps lose weight; what a rate is taken for before anything was seen, and for how
+# many tries that counts; for how many tries the rate over all depths counts at each; after how many
+# steps without a draft one is tried again.
+_KEEP, _GUESS, _GUESS_WEIGHT, _DEPTH_WEIGHT = 0.97, 0.5, 1.0, 4.0
+_FIRST_WAIT, _LONGEST_WAIT = 4, 256
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -124,6 +126,10 @@ class _Rates:
 
     def __init__(self, depth: int) -> None:
         self.tries, self.hits = [0.0] * (depth + 1), [0.0] * (depth + 1)
+
+    def overall(self, guess: float) -> float:
+        """Over all depths, beside a guess."""
+        return (sum(self.hits) + _GUESS_WEIGHT * guess) / (sum(self.tries) + _GUESS_WEIGHT)
 
     def add(self, drafted: int, accepted: int) -> None:
         tries, hits = self.tries, self.hits
@@ -207,17 +213,18 @@ class CostPolicy(Policy):
 
     def _reach(self, history: _History, most: int) -> list[float]:
         """The probability that the text follows the draft to depth 1, 2, ..."""
-        everywhere = history.rates
+        rates = history.rates
+        usual = rates.overall(_GUESS)
         here = history.situations.get(history.current)
-        rate, alive, reach = _GUESS, 1.0, []
+        if here is not None and len(history.situations) > 1:
+            rates, usual = here.rates, here.rates.overall(usual)
+        alive, reach = 1.0, []
         for depth in range(1, most + 1):
-            rate = (everywhere.hits[depth] + _GUESS_WEIGHT * rate) / (
-                everywhere.tries[depth] + _GUESS_WEIGHT
+            # what was seen at this depth, and what is usual: one bad step at some depth must not
+            # keep deeper ones from being tried
+            alive *= (rates.hits[depth] + _DEPTH_WEIGHT * usual) / (
+                rates.tries[depth] + _DEPTH_WEIGHT
             )
-            its = rate
-            if here is not None and len(history.situations) > 1:
-                its = (here.rates.hits[depth] + rate) / (here.rates.tries[depth] + 1)
-            alive *= its
             reach.append(alive)
         return reach
 

@@ -223,11 +223,21 @@ def test_longer_context_changes_the_choice() -> None:
 
 def test_forgotten_sequence_starts_anew() -> None:
     policy, sequence = cost_policy(costs(0.1)), Seq()
+    first = advance(policy, sequence, none)
     for _ in range(30):
         advance(policy, sequence, none)
-    assert advance(policy, sequence, none) == 0
+    assert sum(advance(policy, sequence, none) for _ in range(5)) <= 1
     policy.forget(sequence)  # type: ignore[arg-type]
-    assert advance(policy, sequence, none) > 0
+    assert advance(policy, sequence, none) == first > 1
+
+
+def test_one_failure_at_a_depth_does_not_bar_the_way_below() -> None:
+    """A copy that breaks off at some depth is tried beyond it again."""
+    policy, sequence = cost_policy(costs(0.0, 0.9, 0.02)), Seq()
+    for _ in range(6):
+        advance(policy, sequence, lambda nodes: min(nodes, 5))
+    planned = [advance(policy, sequence, whole) for _ in range(4)]
+    assert max(planned) > 8
 
 
 # --- the others
