@@ -25,6 +25,7 @@ from specdec.cli.models import (
 from specdec.engine import PAGE_SIZE, Engine, fresh_seed
 from specdec.errors import InvalidArgumentError, SpecDecError
 from specdec.hf import stop_check
+from specdec.policy import POLICIES
 from specdec.proposers import RetrievalProposer
 from specdec.rng import derive_seed
 from specdec.sampling import SamplingParams
@@ -205,6 +206,14 @@ class _Output:
     help="An option of what drafts, such as max_ngram=3; may be repeated.",
 )
 @click.option(
+    "--policy",
+    type=click.Choice(POLICIES),
+    default="auto",
+    show_default=True,
+    help="How many tokens to draft; auto keeps to a number or tree that is given, else to what "
+    "measured costs make quickest.",
+)
+@click.option(
     "--verification",
     type=click.Choice(["auto", *RULES]),
     default="auto",
@@ -236,7 +245,7 @@ def generate(
     no_speculation: bool, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
     min_p: float, seed: int | None, stop: tuple[str, ...], num_draft_tokens: Any,
     tree: tuple[int, ...] | None, draft_window: int | None, proposer: str | list[str] | None,
-    proposer_options: dict[str, Any], verification: str, lossy: bool, dtype: str,
+    proposer_options: dict[str, Any], policy: str, verification: str, lossy: bool, dtype: str,
     device: str | None, batch: int | None, chat: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text from PROMPT, --prompt-file or standard input.
@@ -258,7 +267,7 @@ def generate(
     engine = _build_engine(
         target, draft, tokenizer, dtype, device, proposer=proposer, verification=verification,
         lossy=lossy, num_draft_tokens=num_draft_tokens, tree=tree, draft_window=draft_window,
-        proposer_options=proposer_options,
+        proposer_options=proposer_options, policy=policy,
     )  # fmt: skip
     eos = end_tokens(engine, tokenizer)
     run = _Run(

@@ -31,6 +31,7 @@ from specdec.cli import console, inputs
 from specdec.cli.console import TokenPrinter, closing_line
 from specdec.cli.main import main
 from specdec.cli.models import load_model
+from specdec.policy import POLICIES
 from specdec.stats import RunStats
 from specdec.zoo.tokenizer import train_tokenizer
 
@@ -201,6 +202,18 @@ def test_draft_window_changes_the_drafts_and_not_the_text(cli: Cli) -> None:
     whole, near = (json.loads(cli(*args, *more).stdout) for more in ([], ["--draft-window", "16"]))
     assert near["outputs"] == whole["outputs"]
     assert near["stats"]["accepted"] != whole["stats"]["accepted"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_gives_the_text_of_plain_decoding(cli: Cli, policy: str) -> None:
+    options = ["--json", "--max-new-tokens", "9"]
+    plain = json.loads(cli(PROMPT, *options, "--num-draft-tokens", "0").stdout)
+    found = json.loads(cli(PROMPT, *options, "--policy", policy).stdout)
+    assert found["outputs"] == plain["outputs"]
+    lengths = found["stats"]["acceptance_by_position"]
+    assert len(lengths) <= {"constant": 4, "heuristic": 8}.get(policy, 8)
+    if policy in ("constant", "heuristic"):
+        assert len(lengths) >= 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

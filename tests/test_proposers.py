@@ -1,6 +1,7 @@
 """The contract of every registered proposer, the registry itself, and trees drafted by a model."""
 
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence as Items
@@ -676,3 +677,26 @@ def test_plug_in_that_does_not_work_is_named(
 def test_draft_that_nobody_asked_for_is_refused(target: Model, draft: Model) -> None:
     with pytest.raises(InvalidArgumentError, match="proposer='repeats' has no use for a draft"):
         specdec.wrap(target, proposer="repeats", draft=draft)
+
+
+def test_readmes_plug_in_keeps_the_contract(target: Model) -> None:
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"<!-- plug-in:begin -->\n```python\n(.*?)```", readme, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    kind = found["Circles"]
+    assert kind(longest=3).draft([5, 1, 2, 1, 2], 3).tokens.tolist() == [1, 2, 1]
+    assert len(kind().draft([5, 1, 2, 1, 2], 0)) == 0
+    assert len(kind().draft([5, 1, 2, 1, 3], 4)) == 0
+    with pytest.raises(InvalidArgumentError, match="longest=0"):
+        kind(longest=0)
+    prompts = [*PROMPTS, [3, 4, 3, 4]]
+    for params in (GREEDY, SAMPLED):
+        engine = Watched(target, proposer=kind(), kv_memory=KV, verification="auto")
+        plain = Engine(target, kv_memory=KV)
+        if params is GREEDY:
+            wanted = texts(plain, prompts, params, range(5))
+            assert texts(engine, prompts, params, range(5)) == wanted
+        else:
+            assert len(texts(engine, prompts, params, range(5))) == 5
+        assert engine.stats.drafted > 0
