@@ -7,10 +7,10 @@ prompt lookup beside transformers' own. Both sides of every figure alternate in 
 
 A contender's figure on a prompt set is the sum over its prompts of the least time of several
 rounds: processor time of the one thread that works, so that other jobs on a shared machine count by
-the caches alone. `copy_edits` is held to its reference, because the built-in pair does not copy: the target's
-pass is computed as ever, then its logits are replaced by certainty of the reference's next token;
-for transformers a logits processor does the same. The synthetic draft is right with a known
-probability and takes a known share of a target pass.
+the caches alone. `copy_edits` is held to its reference, because the built-in pair does not copy:
+the target's pass is computed as ever, then its logits are replaced by certainty of the reference's
+next token; for transformers a logits processor does the same. The synthetic draft is right with a
+known probability and takes a known share of a target pass.
 """
 
 import json
