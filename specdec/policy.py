@@ -114,7 +114,7 @@ class ConfidencePolicy(Policy):
 # How quickly old steps lose weight; what a rate is taken for before anything was seen, and for how
 # many tries that counts; for how many tries the rate over all depths counts at each; after how many
 # steps without a draft one is tried again.
-_KEEP, _GUESS, _GUESS_WEIGHT, _DEPTH_WEIGHT = 0.97, 0.5, 1.0, 4.0
+_KEEP, _GUESS, _GUESS_WEIGHT, _DEPTH_WEIGHT = 0.985, 0.6, 1.0, 12.0
 _FIRST_WAIT, _LONGEST_WAIT = 4, 256
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
