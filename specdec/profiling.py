@@ -161,10 +161,11 @@ class _Opened:
                     self._room, frozenset(), None, cache,
                 )  # fmt: skip
                 self._bench.sequences.append(sequence)
-                for model in verifier.group.memory:
+                for model in reversed(list(verifier.group.memory)):
                     # A model's slots may hold whatever was there, no time depends on it; another
-                    # runner may look at them.
-                    if not isinstance(model, ModelRunner):
+                    # runner may look at them, and one inside another has joined before it.
+                    computed = cache.computed_len(model)
+                    if not isinstance(model, ModelRunner) and computed < len(text):
                         assert hasattr(model, "score")
                         model.score([SequenceRows(cache, text)])
                 proposer.start(sequence)

@@ -115,7 +115,7 @@ def test_greedy_equals_the_model_s_own_generate(make: Callable[..., Engine], tar
 
 
 def test_samples_of_a_request_have_their_own_seeds(make: Callable[..., Engine]) -> None:
-    engine = make()
+    engine = make(num_draft_tokens=4)
     name = engine.add_request(PROMPTS[0], SAMPLED, n=3, seed=7)
     samples = run(engine)
     assert set(samples) == {(name, 0), (name, 1), (name, 2)}

@@ -687,7 +687,7 @@ def test_list_on_the_command_line(models: Path, names: str) -> None:
     args += ["--draft", str(models / "draft"), "--json"]
     plain, several = (
         json.loads(CliRunner().invoke(main, [*args, *more]).stdout)
-        for more in (["--num-draft-tokens", "0"], ["--proposer", names])
+        for more in (["--num-draft-tokens", "0"], ["--proposer", names, "--num-draft-tokens", "6"])
     )
     assert several["outputs"] == plain["outputs"]
     assert several["stats"]["drafted"] > plain["stats"]["drafted"] == 0

@@ -259,8 +259,9 @@ def test_sampling_is_reproducible_by_seed_and_by_torchs_generator(
 
 
 def test_num_return_sequences_gives_the_samples_that_their_seeds_give(
-    spec: SpecModel, tokenizer: PreTrainedTokenizerFast
+    target: Model, draft: Model, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    spec = specdec.wrap(target, draft=draft, num_draft_tokens=4)
     two = encode(tokenizer, *TEXTS[:2])
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True}
     out = spec.generate(**two, **options, num_return_sequences=3, seed=9)
