@@ -261,12 +261,14 @@ def test_recited_continuation_is_accepted(target: Model) -> None:
     known = [[*prompt, *text] for prompt, text in zip(prompts, wanted, strict=True)]
     recited = ContinuationRunner(known, len(target.get_input_embeddings().weight))
     for acceptance in (1, 0.6):
-        engine = Engine(target, draft=SyntheticDraft(recited, acceptance), kv_memory=1 << 20)
+        engine = Engine(
+            target, draft=SyntheticDraft(recited, acceptance), num_draft_tokens=4, kv_memory=1 << 20
+        )
         assert texts(engine, prompts, params) == wanted
         assert engine.stats.accepted > 0
         assert (engine.stats.accepted == engine.stats.drafted) == (acceptance == 1)
     assert recited.lost == 0
-    engine = Engine(target, draft=SyntheticDraft(recited, 1), kv_memory=1 << 20)
+    engine = Engine(target, draft=SyntheticDraft(recited, 1), num_draft_tokens=4, kv_memory=1 << 20)
     engine.add_request([9, 9], params)
     engine.step()
     assert recited.lost == 1  # the prompt
