@@ -113,9 +113,9 @@ class ConfidencePolicy(Policy):
 
 # How quickly old steps lose weight; what a rate is taken for before anything was seen, and for how
 # many tries that counts; for how many tries the rate over all depths counts at each; after how many
-# steps without a draft one is tried again.
+# steps without a draft one is tried again, at least, at most, and per step that a try costs.
 _KEEP, _GUESS, _GUESS_WEIGHT, _DEPTH_WEIGHT = 0.985, 0.6, 1.0, 12.0
-_FIRST_WAIT, _LONGEST_WAIT = 4, 256
+_FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -288,14 +288,24 @@ class CostPolicy(Policy):
         here = history.situations.get(history.current)
         if here is None:
             here = history.situations[history.current] = _Situation(_Rates(self._depth))
+            here.wait = self._first_wait(sequence)
         if depth > 0:
-            here.idle, here.wait = 0, _FIRST_WAIT
+            here.idle, here.wait = 0, self._first_wait(sequence)
         elif most > 0:
             here.idle += 1
             if here.idle >= here.wait:
                 here.idle, here.wait = 0, min(2 * here.wait, _LONGEST_WAIT)
                 return int(self._could_pay(sequence, most))
         return depth
+
+    def _first_wait(self, sequence: Sequence) -> int:
+        """Steps after which a token is tried: the more a try costs, the later."""
+        costs, context = self._costs, len(sequence.tokens)
+        if costs is None or not self._depth:
+            return _FIRST_WAIT
+        plain = costs.verify_seconds(1, context)
+        tried = costs.draft_seconds(1, context) + costs.verify_seconds(self._nodes[1] + 1, context)
+        return max(_FIRST_WAIT, min(int(_TRIAL_STEPS * (tried / plain - 1)), _LONGEST_WAIT))
 
     def _could_pay(self, sequence: Sequence, most: int) -> bool:
         """Whether a draft that is always accepted would be quicker than plain decoding."""
