@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 
 import torch
 
@@ -91,19 +92,20 @@ def profile(
     """The costs of a step of `batch` sequences sampled by `law`, up to max_depth.
 
     Takes about `seconds` where single steps are quick, and a few steps where they are not. A figure
-    is the least of several rounds. Raises CacheFullError where no room is left for the sequences.
+    is the median of several rounds, which take turns, so that each step finds the caches as the one
+    before it left them. Raises CacheFullError where no room is left for the sequences.
     """
     grid = _grid(proposer, max_depth)
-    draft: dict[int, float] = {}
-    verify: dict[int, float] = {}
+    draft: dict[int, list[float]] = {}
+    verify: dict[int, list[float]] = {}
     rows: dict[int, int] = {}
     with _Opened(verifier, proposer, noise, law, batch, CONTEXT, _room(proposer, grid)) as bench:
         began = time.perf_counter()
 
         def measure(depth: int) -> None:
             drafting, verifying, rows[depth] = bench.step(depth)
-            draft[depth] = min(draft.get(depth, drafting), drafting)
-            verify[depth] = min(verify.get(depth, verifying), verifying)
+            draft.setdefault(depth, []).append(drafting)
+            verify.setdefault(depth, []).append(verifying)
 
         for count, depth in enumerate(grid):
             if count < 3 or time.perf_counter() - began < seconds:
@@ -119,7 +121,7 @@ def profile(
     depths = sorted(draft)
     return StepCosts(
         batch, CONTEXT, tuple(depths), tuple(rows[d] for d in depths),
-        _rising([draft[d] for d in depths]), _rising([verify[d] for d in depths]),
+        _rising([median(draft[d]) for d in depths]), _rising([median(verify[d]) for d in depths]),
         draft_slope, verify_slope, row_slope, catch_up,
     )  # fmt: skip
 
@@ -184,14 +186,14 @@ class _Opened:
 
 def _catch_up(bench: _Bench) -> float:
     """Seconds per token that the draft has missed."""
-    near = _least(lambda: bench.draft(1)[0])
-    far = _least(lambda: bench.draft(1, _BEHIND + 1)[0])
+    near = _usual(lambda: bench.draft(1)[0])
+    far = _usual(lambda: bench.draft(1, _BEHIND + 1)[0])
     return max(0.0, far - near) / _BEHIND
 
 
-def _least(measure: Callable[[], float]) -> float:
+def _usual(measure: Callable[[], float]) -> float:
     measure()
-    return min(measure() for _ in range(2))
+    return median(measure() for _ in range(3))
 
 
 def _slopes(
@@ -210,9 +212,9 @@ def _slopes(
             found[context] = []
             for depth in depths:
                 bench.step(depth)
-                steps = [bench.step(depth) for _ in range(3)]
+                steps = [bench.step(depth) for _ in range(5)]
                 found[context].append(
-                    (min(s[0] for s in steps), min(s[1] for s in steps), steps[0][2])
+                    (median(s[0] for s in steps), median(s[1] for s in steps), steps[0][2])
                 )
     more = [
         ((b[0] - a[0]) / (far - CONTEXT), (b[1] - a[1]) / (far - CONTEXT), a[2])
