@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import specdec
+from specdec import zoo
 from specdec.zoo import boost
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,9 +97,8 @@ def test_nothing_left_ends_it(pair: tuple[Any, Any], texts: torch.Tensor) -> Non
 def test_script_writes_drafts_and_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: Path
 ) -> None:
-    monkeypatch.setattr(
-        boost.zoo, "path", lambda name: models / {"big": "target", "small": "draft"}[name]
-    )
+    folders = {"big": models / "target", "small": models / "draft"}
+    monkeypatch.setattr(zoo, "path", folders.__getitem__)
     work, out = tmp_path / "work", tmp_path / "figures.json"
     args = ["--work", str(work), "--out", str(out), "--drafts", "2", "--steps", "2"]
     result = CliRunner().invoke(boost.main, [*args, "--prompts", "8", "--new-tokens", "6"])

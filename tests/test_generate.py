@@ -108,7 +108,7 @@ def alone(target: Model, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def spec(target: Model, draft: Model) -> SpecModel:
-    return specdec.wrap(target, draft=draft)
+    return specdec.wrap(target, draft=draft, num_draft_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_draft_whose_vocabulary_differs_by_padding_rows_works(
     padded = copy.deepcopy(draft)
     size = target.config.vocab_size + rows
     padded.resize_token_embeddings(size, mean_resizing=False)
-    spec = specdec.wrap(target, draft=padded)
+    spec = specdec.wrap(target, draft=padded, num_draft_tokens=4)
     out = spec.generate(**batch, max_new_tokens=NEW, do_sample=do_sample, seed=3)
     if not do_sample:
         assert [continuation(out, batch, row) for row in range(len(TEXTS))] == alone

@@ -20,7 +20,7 @@ TEXT = [0, 45, 67, 89, 23, 45, 67, 89, 23, 45, 67, 89, 99, 23, 45, 67]
 def test_text_is_said(target: Model, sampled: bool) -> None:
     prompt = torch.tensor([TEXT[:6]])
     held = LogitsProcessorList([HeldTo(TEXT)])
-    options = {"max_new_tokens": 10, "do_sample": sampled, "eos_token_id": None}
+    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": sampled, "eos_token_id": None}
     spec = specdec.wrap(target, proposer="ngram", num_draft_tokens=4, policy="constant")
     for out in (
         target.generate(prompt, logits_processor=held, **options),

@@ -166,7 +166,7 @@ def test_gumbel_output_is_that_of_plain_sampling_with_the_seed(
 def test_trees_keep_the_protocol(
     make: Callable[..., Engine], name: str, options: dict[str, Any]
 ) -> None:
-    engine = make(name, options)
+    engine = make(name, options, policy="constant")
     propose, seen = engine.proposer.propose, Counter[bool]()  # type: ignore[union-attr]
 
     def checked(sequences: Items[Sequence], budgets: Items[int], noise: Noise) -> list[TokenTree]:
@@ -692,7 +692,7 @@ def test_readmes_plug_in_keeps_the_contract(target: Model) -> None:
         kind(longest=0)
     prompts = [*PROMPTS, [3, 4, 3, 4]]
     for params in (GREEDY, SAMPLED):
-        engine = Watched(target, proposer=kind(), kv_memory=KV, verification="auto")
+        engine = Watched(target, proposer=kind(), kv_memory=KV, policy="constant")
         plain = Engine(target, kv_memory=KV)
         if params is GREEDY:
             wanted = texts(plain, prompts, params, range(5))
