@@ -1060,7 +1060,7 @@ def builtin() -> tuple[SpecModel, Any, Any]:
         AutoModelForCausalLM.from_pretrained(zoo.path(name), dtype=torch.float32)
         for name in ("big", "small")
     )
-    spec = specdec.wrap(big, draft=small)
+    spec = specdec.wrap(big, draft=small, num_draft_tokens=4)
     return spec, big, AutoTokenizer.from_pretrained(zoo.path("big"))
 
 
