@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specdec.acceptance import batched
 from specdec.acceptance.batched import Outcome, TreeBatch
 from specdec.cache import CacheGroup
-from specdec.evals.speed import provenance
+from specdec.evals.provenance import provenance
 from specdec.rng import PhiloxNoise, StepNoise
 from specdec.runner import ModelRunner, SequenceRows
 from specdec.sampling import SamplingParams

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from specdec import Engine, SamplingParams, zoo
 from specdec.cache import CachedSequence, CacheGroup
-from specdec.evals.speed import provenance
+from specdec.evals.provenance import provenance
 from specdec.forward import ModuleForward
 from specdec.proposers.model import SINKS, window_slots
 from specdec.runner import ModelRunner, SequenceRows

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import specdec
 from specdec import zoo
 from specdec.evals import prompts as prompt_sets
-from specdec.evals.speed import provenance
+from specdec.evals.provenance import provenance
 
 BUDGET = 4  # of each of the two
 MEMBERS = ("draft", "ngram")

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import Engine, SamplingParams, zoo
+from specdec.evals.provenance import provenance
 from specdec.evals.rule_choice import error
-from specdec.evals.speed import provenance, read_prompts
+from specdec.evals.speed import read_prompts
 from specdec.optimal import expected_tokens, optimal_shape
 from specdec.stats import RunStats
 

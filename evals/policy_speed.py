@@ -28,7 +28,8 @@ from transformers import AutoTokenizer, LogitsProcessorList
 from specdec import Engine, SamplingParams, zoo
 from specdec.evals import prompts as prompt_sets
 from specdec.evals.held import HeldRunner, HeldTo
-from specdec.evals.speed import DTYPES, load, provenance
+from specdec.evals.provenance import provenance
+from specdec.evals.speed import DTYPES, load
 from specdec.toy import ContinuationRunner, SyntheticDraft
 
 SETS = ("heldout_code", "copy_edits", "json", "prose", "random")

@@ -38,7 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from specdec import zoo
 from specdec.cache import CacheGroup
-from specdec.evals.speed import provenance
+from specdec.evals.provenance import provenance
 from specdec.proposers import NgramProposer, Proposer, SuffixProposer
 from specdec.rng import PhiloxNoise
 from specdec.runner import ModelRunner, SequenceRows

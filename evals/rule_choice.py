@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec import zoo
-from specdec.evals.speed import provenance, read_prompts
+from specdec.evals.provenance import provenance
+from specdec.evals.speed import read_prompts
 
 TREES = ((2, 2), (3, 1, 1), (4, 2, 1))
 CHAIN_RULES = ("token", "block", "gumbel")

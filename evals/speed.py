@@ -10,13 +10,9 @@ an output that is wrong.
 """
 
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -28,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import specdec
 from specdec import zoo
+from specdec.evals.provenance import provenance
 from specdec.proposers import DraftModelProposer
 from specdec.runner import Runner, SequenceRows
 
@@ -55,24 +52,6 @@ class Contender:
     def rates(self, new_tokens: int) -> list[float]:
         """Tokens per second of each prompt, from its quickest repetition."""
         return [new_tokens / min(times) for times in self.seconds]
-
-
-def provenance() -> dict[str, Any]:
-    """Where and with what the figures were made."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()  # fmt: skip
-    return {
-        "commit": commit,
-        "versions": {n: version(n) for n in ("torch", "transformers", "specdec")},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def race(
