@@ -4,6 +4,7 @@ One sequence contributes n rows whose keys and values sit in its slots context .
 A row sees the whole context, and among the n rows those that its mask names (itself included).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -226,3 +227,56 @@ def tree_attention(
             q[begin:end], keys, values, bias, scale=scale, softcap=softcap, sinks=sinks
         )
     return out
+
+
+def scatter(
+    keys: Tensor,
+    values: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Writes rows of keys (rows, K, D) and values to flat slots of pages (P, page, K, D).
+
+    Rows whose slot lies outside the pages are left out. With scales (K,) the pages are
+    float8_e4m3fn and hold key / scale, to nearest, saturated.
+    """
+    for new, pages, scale in ((keys, k_pages, k_scale), (values, v_pages, v_scale)):
+        flat = pages.flatten(0, 1)
+        inside = (slots >= 0) & (slots < flat.shape[0])
+        held = new[inside]
+        if scale is not None:
+            held = (held.float() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+            flat, held = flat.view(torch.uint8), held.view(torch.uint8)
+        flat.index_copy_(0, slots[inside], held)
+
+
+def commit(
+    tensors: Sequence[Tensor], block_table: Tensor, lengths: Tensor, cu_rows: Tensor, path: Tensor
+) -> None:
+    """Keeps accepted paths: the slot of the i-th node of a path becomes slot length + i.
+
+    tensors: pages (P, page, ...) of every layer. block_table: (B, max pages). lengths: (B,) slots
+    before each tree, whose node j has slot length + j. cu_rows: (B + 1,) and path: (B, depth) of
+    packed rows, root first, -1 pads.
+    """
+    page = tensors[0].shape[1]
+    for table, length, first, rows in zip(
+        block_table.tolist(), lengths.tolist(), cu_rows.tolist(), path.tolist(), strict=False
+    ):
+        nodes = [row - first - 1 for row in rows if row >= 0]
+        sources = [table[s // page] * page + s % page for s in (length + n for n in nodes)]
+        slots = range(length, length + len(nodes))
+        destinations = [table[s // page] * page + s % page for s in slots]
+        for pages in tensors:
+            flat = pages.flatten(0, 1)
+            flat[destinations] = flat[sources]
+
+
+def copy_pages(tensors: Sequence[Tensor], sources: Tensor, destinations: Tensor) -> None:
+    """Copies whole pages (n,) of every layer's tensor (P, page, ...)."""
+    for pages in tensors:
+        pages[destinations] = pages[sources]
