@@ -2,10 +2,11 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 import click
+from tqdm import tqdm
 
 from specdec.stats import RunStats
 
@@ -21,6 +22,11 @@ def is_terminal(stream: TextIO | None) -> bool:
 def colour_wanted(stream: TextIO | None) -> bool:
     """Colour on a terminal, unless NO_COLOR is set (no-color.org)."""
     return is_terminal(stream) and not os.environ.get("NO_COLOR")
+
+
+def with_bar(items: Sequence[Any], label: str) -> Iterator[Any]:
+    """The items, with a bar and the time left where someone looks on."""
+    yield from tqdm(items, desc=label, leave=False, disable=None)
 
 
 def to_stdout(text: str) -> None:

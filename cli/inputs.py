@@ -1,8 +1,12 @@
 """Where prompts come from: the command line, a file or standard input."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import click
 
 from specdec.cli.console import is_terminal, remark
 from specdec.errors import InvalidArgumentError
@@ -31,6 +35,23 @@ def questions() -> Iterator[str]:
             return
         if line.strip():
             yield line.rstrip("\n")
+
+
+def member_options(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
+    """NAME.OPTION=VALUE -> the options of each proposer; a value is JSON where it can be."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in values:
+        path, equals, value = text.partition("=")
+        name, dot, option = path.partition(".")
+        if not (equals and dot and name and option):
+            raise click.BadParameter(f"{text!r}: expected NAME.OPTION=VALUE.", ctx, param)
+        try:
+            found.setdefault(name, {})[option] = json.loads(value)
+        except ValueError:
+            found[name][option] = value
+    return found
 
 
 def _read_text(prompt_file: str | None) -> str:

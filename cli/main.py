@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import click
 import torch
 
+from specdec.cli.bench import bench
 from specdec.cli.generate import generate
 from specdec.cli.index import index
 from specdec.cli.tune import tune
@@ -63,6 +64,7 @@ def main() -> None:
 
 
 main.add_command(generate)
+main.add_command(bench)
 main.add_command(tune)
 main.add_command(index)
 

@@ -1,13 +1,12 @@
 """specdec tune: measure costs and acceptance on this machine, print the best settings."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
-from tqdm import tqdm
 
+from specdec.cli.console import with_bar
 from specdec.cli.models import (
     DTYPES,
     check_device,
@@ -19,10 +18,6 @@ from specdec.errors import InvalidArgumentError
 from specdec.evals import prompts as prompt_sets
 from specdec.evals.tuning import Finding, Tuner, plot, save
 from specdec.sampling import SamplingParams
-
-
-def _with_bar(items: Sequence[Any], label: str) -> Iterator[Any]:
-    yield from tqdm(items, desc=label, leave=False, disable=None)
 
 
 @click.command()
@@ -96,7 +91,7 @@ def tune(
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
     tuning = Tuner(
         models[0], models[1], ids, sampling,
-        rounds=rounds, progress=_with_bar, tokenizers=tokenizers,
+        rounds=rounds, progress=with_bar, tokenizers=tokenizers,
     ).run()  # fmt: skip
     if out is not None:
         save(tuning, out)

@@ -26,7 +26,7 @@ def provenance() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
+        "load_average": list(os.getloadavg()),
         "date": time.strftime("%Y-%m-%d"),
     }
 
