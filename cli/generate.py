@@ -8,74 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-import torch
 from jinja2 import TemplateError
 
-from specdec import proposers
-from specdec.acceptance import RULES
 from specdec.cli.console import TokenPrinter, closing_line, colour_wanted, remark, to_stdout
 from specdec.cli.inputs import questions, read_prompts
-from specdec.cli.models import (
-    DTYPES,
-    check_device,
-    load_model,
-    load_tokenizer,
-    tokenizer_options,
+from specdec.cli.options import (
+    draft_options,
+    end_tokens,
+    load_pair,
+    model_options,
+    truncation_options,
 )
-from specdec.engine import PAGE_SIZE, Engine, fresh_seed
+from specdec.engine import Engine, fresh_seed
 from specdec.errors import InvalidArgumentError, SpecDecError
 from specdec.hf import stop_check
-from specdec.policy import POLICIES
-from specdec.proposers import RetrievalProposer
 from specdec.rng import derive_seed
 from specdec.sampling import SamplingParams
 from specdec.sequence import Sequence as Sample
-from specdec.shapes import expansion
 from specdec.stats import RunStats
-
-
-def _draft_tokens(ctx: click.Context, param: click.Parameter, value: str) -> Any:
-    if value == "auto":
-        return value
-    if not value.isdecimal():
-        raise click.BadParameter(
-            f"{value!r} is neither a whole number from 0 on nor 'auto'.", ctx, param
-        )
-    return int(value)
-
-
-def _tree_shape(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    parts = value.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"{value!r}: expected numbers such as 3,2,1.", ctx, param)
-    return expansion([int(part) for part in parts])
-
-
-def _options(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE -> a number, true, false or a list where the value is one, else text."""
-    options: dict[str, Any] = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise click.BadParameter(f"{text!r}: expected NAME=VALUE.", ctx, param)
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
-
-
-class _Proposer(click.Choice[str]):
-    """A proposer by name, or several behind each other: an ensemble."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if "," not in value:
-            return super().convert(value, param, ctx)
-        return [super(_Proposer, self).convert(name, param, ctx) for name in value.split(",")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +68,7 @@ class _Output:
     type=click.Path(dir_okay=False, allow_dash=True),
     help="Read the prompt from a file; - is standard input.",
 )
-@click.option(
-    "--target",
-    default="big",
-    show_default=True,
-    help="Model whose law is kept: big, a folder or a hub name.",
-)
-@click.option(
-    "--draft",
-    default=None,
-    help="Small model; its tokenizer may be another one.  [default: small with --target big]",
-)
+@model_options
 @click.option("--no-speculation", is_flag=True, help="Plain decoding, the baseline.")
 @click.option(
     "--max-new-tokens",
@@ -144,23 +84,7 @@ class _Output:
     show_default=True,
     help="0 is greedy decoding.",
 )
-@click.option(
-    "--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 keeps all tokens."
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Keep the likeliest tokens that have this mass.",
-)
-@click.option(
-    "--min-p",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    show_default=True,
-    help="Drop tokens less likely than this share of the likeliest.",
-)
+@truncation_options
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
@@ -168,67 +92,7 @@ class _Output:
     help="Of the sampling.  [default: a fresh one]",
 )
 @click.option("--stop", multiple=True, help="End before this string; may be repeated.")
-@click.option(
-    "--num-draft-tokens",
-    callback=_draft_tokens,
-    metavar="N|auto",
-    default="auto",
-    show_default=True,
-    help="Tokens drafted per step.",
-)
-@click.option(
-    "--tree",
-    callback=_tree_shape,
-    metavar="K1,K2,…",
-    default=None,
-    help="Draft a tree: children of each token, level by level.  [default: a chain]",
-)
-@click.option(
-    "--draft-window",
-    type=click.IntRange(min=PAGE_SIZE),
-    metavar="N",
-    default=None,
-    help="The draft sees the last N tokens and the first few.  [default: all]",
-)
-@click.option(
-    "--proposer",
-    type=_Proposer(proposers.names()),
-    default=None,
-    help="What drafts; several with commas between them share one tree.  [default: draft, where "
-    "there is one]",
-)
-@click.option(
-    "--proposer-option",
-    "proposer_options",
-    multiple=True,
-    callback=_options,
-    metavar="NAME=VALUE",
-    help="An option of what drafts, such as max_ngram=3; may be repeated.",
-)
-@click.option(
-    "--policy",
-    type=click.Choice(POLICIES),
-    default="auto",
-    show_default=True,
-    help="How many tokens to draft; auto keeps to a number or tree that is given, else to what "
-    "measured costs make quickest.",
-)
-@click.option(
-    "--verification",
-    type=click.Choice(["auto", *RULES]),
-    default="auto",
-    show_default=True,
-    help="The rule that accepts or rejects.",
-)
-@click.option("--lossy", is_flag=True, help="Allow a rule that changes what the target says.")
-@click.option(
-    "--dtype",
-    type=click.Choice(list(DTYPES)),
-    default="auto",
-    show_default=True,
-    help="Of the weights; auto is as stored.",
-)
-@click.option("--device", default=None, help="cpu, cuda, …  [default: cuda where there is one]")
+@draft_options
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
@@ -257,22 +121,19 @@ def generate(
     if "" in stop:
         raise InvalidArgumentError("--stop '': expected some text")
     prompts = [] if chat else read_prompts(prompt, prompt_file, batch)
-    if draft is None and target == "big" and not no_speculation and _wants_draft(proposer):
-        draft = "small"
-    tokenizer = load_tokenizer("target", target)
-    if proposer == RetrievalProposer.name:
-        proposer_options["tokenizer"] = tokenizer
+    pair = load_pair(
+        target, draft, dtype, device, no_speculation=no_speculation, proposer=proposer,
+        verification=verification, lossy=lossy, num_draft_tokens=num_draft_tokens, tree=tree,
+        draft_window=draft_window, proposer_options=proposer_options, policy=policy,
+    )  # fmt: skip
+    tokenizer = pair.tokenizer
     if chat and not tokenizer.chat_template:
         raise InvalidArgumentError(f"--chat: the tokenizer of {target!r} has no chat template")
-    engine = _build_engine(
-        target, draft, tokenizer, dtype, device, proposer=proposer, verification=verification,
-        lossy=lossy, num_draft_tokens=num_draft_tokens, tree=tree, draft_window=draft_window,
-        proposer_options=proposer_options, policy=policy,
-    )  # fmt: skip
-    eos = end_tokens(engine, tokenizer)
+    eos = end_tokens(pair.target, tokenizer)
     run = _Run(
-        engine, tokenizer, SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, eos),
-        stop, fresh_seed() if seed is None else seed, as_json, {"target": target, "draft": draft},
+        pair.engine(), tokenizer,
+        SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, eos),
+        stop, fresh_seed() if seed is None else seed, as_json, pair.names,
     )  # fmt: skip
     if chat:
         interrupted = _chat(run)
@@ -282,13 +143,6 @@ def generate(
         interrupted = _single(run, prompts[0])
     if interrupted:
         sys.exit(130)
-
-
-def _wants_draft(proposer: str | list[str] | None) -> bool:
-    if proposer is None:
-        return True
-    names = [proposer] if isinstance(proposer, str) else proposer
-    return any(proposers.find(name).needs_draft for name in names)
 
 
 def _check_flags(
@@ -306,35 +160,6 @@ def _check_flags(
         raise InvalidArgumentError("--no-speculation: expected neither --draft nor --proposer")
     if no_speculation and tree is not None:
         raise InvalidArgumentError("--no-speculation: expected no --tree")
-
-
-def _build_engine(
-    target: str, draft: str | None, tokenizer: Any, dtype: str, device: str | None, **options: Any
-) -> Engine:
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(where)
-    if draft is not None:
-        its_own = tokenizer_options(tokenizer, load_tokenizer("draft", draft))
-        if its_own and isinstance(options["proposer"], list):
-            raise InvalidArgumentError(
-                f"--draft {draft!r}: its tokenizer differs from the target's; expected the same "
-                "where several proposers share a tree"
-            )
-        options["proposer_options"] = {**its_own, **options["proposer_options"]}
-    model = load_model("target", target, dtype, where)
-    small = load_model("draft", draft, dtype, where) if draft is not None else None
-    return Engine(model, draft=small, grow=True, **options)
-
-
-def end_tokens(engine: Engine, tokenizer: Any) -> tuple[int, ...]:
-    """End tokens: those of the model's generation config, else the tokenizer's."""
-    config = getattr(getattr(engine.target, "model", None), "generation_config", None)
-    eos = getattr(config, "eos_token_id", None)
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, Sequence) else (int(eos),)
 
 
 def _single(run: _Run, prompt: str) -> bool:

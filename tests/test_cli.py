@@ -87,7 +87,7 @@ class Cli:
 def loaded_once() -> Iterator[None]:
     """Calls in this process share the models of a folder; those in another load them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specdec.cli.generate.load_model", lru_cache(load_model))
+        patch.setattr("specdec.cli.options.load_model", lru_cache(load_model))
         yield
 
 
