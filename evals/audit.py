@@ -158,6 +158,10 @@ def _run(
     return [(text, paths[i]) for i, text in enumerate(texts)]
 
 
+class NotEnumerableError(AssertionError):
+    """Noise is used in a way whose outcomes cannot be taken one by one."""
+
+
 @dataclass(slots=True, eq=False)
 class _World:
     """One sequence of a run: follows the decisions given, takes the first outcome of others."""
@@ -231,7 +235,7 @@ class EnumeratedNoise(Noise):
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device
     ) -> Tensor:
         del seeds, positions, vocab, device
-        raise AssertionError("noise that draft and target share is compared path by path")
+        raise NotEnumerableError("noise that draft and target share is compared path by path")
 
     def draft_gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], rows: Sequence[int], vocab: int,
@@ -339,7 +343,7 @@ class Coins:
         if name == "searchsorted":
             assert kwargs == {"right": True}
             return args[1]._search(args[0])
-        raise AssertionError(f"{name} of coins: teach specdec.evals.audit what it means")
+        raise NotEnumerableError(f"{name} of coins: teach specdec.evals.audit what it means")
 
 
 class Race:
