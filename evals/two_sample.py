@@ -1,9 +1,10 @@
 """Are two samples of short texts of one law? A G-test over pooled cells, its p-value by
 permutation, and the sample size that a power asks for.
 
-A cell is a beginning of a text: all texts that go on from it, apart from those that have a cell of
-their own. The cells are chosen from both samples together, so that under the null hypothesis any
-relabelling of the samples is as likely: the permutation p-value is exact whatever the cells.
+A cell is a beginning of a text, or several of about the same frequency: all texts that go on from
+it, apart from those that have a cell of their own. The cells are chosen from both samples together,
+so that under the null hypothesis any relabelling of the samples is as likely: the permutation
+p-value is exact whatever the cells.
 """
 
 from collections import Counter
@@ -70,11 +71,13 @@ def g_test(
     )  # fmt: skip
 
 
-def partition(counts: Counts, cells: int) -> list[Text]:
-    """Beginnings that make at most so many cells, the longest match being a text's cell.
+def partition(counts: Counts, cells: int) -> dict[Text, int]:
+    """Beginnings -> cells, at most so many; the longest beginning of a text says its cell.
 
     From one cell, (), the beginning with most texts that can go on is cut out of the cell it is in,
-    again and again, where both it and what it leaves are LEAST or more.
+    again and again, where both it and what it leaves are LEAST or more. If no single beginning is
+    frequent enough any more, the next tokens of what is left are dealt out to the cells that
+    remain, the frequent ones first.
     """
     masses: Counter[Text] = Counter()
     for text, count in counts.items():
@@ -92,15 +95,41 @@ def partition(counts: Counts, cells: int) -> list[Text]:
         elif left[parent] == mass:  # nothing is left beside it: the cell goes on with a longer name
             del left[parent]
             left[beginning] = mass
-    return sorted(left)
+    found = {name: cell for cell, name in enumerate(sorted(left))}
+    return _dealt(counts, found, left, cells)
 
 
-def cell_of(text: Text, chosen: frozenset[Text]) -> Text:
-    """The longest beginning of the text that is among the chosen; () where none is."""
-    for length in range(len(text), 0, -1):
-        if text[:length] in chosen:
-            return text[:length]
-    return ()
+def _dealt(
+    counts: Counts, found: dict[Text, int], left: dict[Text, int], cells: int
+) -> dict[Text, int]:
+    """found, with what is left of heavy cells in groups of next tokens."""
+    total, used = sum(left.values()), len(left)
+    further: dict[Text, Counter[Text]] = {name: Counter() for name in left}
+    for text, count in counts.items():
+        cell = _beginning(text, found)
+        if len(text) > len(cell):
+            further[cell][text[: len(cell) + 1]] += count
+    for name, mass in sorted(left.items(), key=lambda item: (-item[1], item[0])):
+        groups = min(cells - used + 1, round(mass / total * cells), mass // LEAST)
+        if groups < 2:
+            continue
+        filled, group = 0, 0
+        for beginning, count in sorted(further[name].items(), key=lambda i: (-i[1], i[0])):
+            if filled >= (group + 1) * mass / groups and group + 1 < groups:
+                group += 1
+                used += 1
+            found.setdefault(beginning, found[name] if group == 0 else used - 1)
+            filled += count
+    return found
+
+
+def cell_of(text: Text, cells: Mapping[Text, int]) -> int:
+    """The cell of a text's longest beginning."""
+    return cells[_beginning(text, cells)]
+
+
+def _beginning(text: Text, cells: Mapping[Text, int]) -> Text:
+    return next(b for n in range(len(text), -1, -1) if (b := text[:n]) in cells)
 
 
 def _table(pair: tuple[Counts, Counts], cells: int) -> NDArray[np.int64]:
@@ -111,13 +140,10 @@ def _table(pair: tuple[Counts, Counts], cells: int) -> NDArray[np.int64]:
             raise InvalidArgumentError("counts: a sample is empty")
         both.update(counts)
     chosen = partition(both, cells)
-    order = {name: i for i, name in enumerate(chosen)}
-    rest = order.setdefault((), len(order))
-    table = np.zeros((2, len(order)), np.int64)
-    names = frozenset(chosen)
+    table = np.zeros((2, max(chosen.values()) + 1), np.int64)
     for row, counts in enumerate(pair):
         for text, count in counts.items():
-            table[row, order.get(cell_of(text, names), rest)] += count
+            table[row, cell_of(text, chosen)] += count
     kept: NDArray[np.int64] = table[:, table.sum(0) > 0]
     return kept
 
