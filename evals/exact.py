@@ -312,7 +312,7 @@ def _hotter_draft(make: Make) -> Make:
         def hotter(*arguments: Any) -> list[TokenTree]:
             return [_heated(tree) for tree in propose(*arguments)]
 
-        engine.proposer.propose = hotter  # type: ignore[method-assign]
+        engine.proposer.propose = hotter  # type: ignore[method-assign, assignment]
         return engine
 
     return wrong
