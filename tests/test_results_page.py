@@ -1,0 +1,106 @@
+"""docs/results.md is made from the raw files, all of them, and from nothing else."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdec.errors import InvalidArgumentError
+from specdec.evals import check_results
+from specdec.evals.markdown import table
+from specdec.evals.results_page import page
+from specdec.evals.results_sections import SECTIONS, bench
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "evals" / "results"
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(RESULTS, tmp_path / "evals" / "results"))
+
+
+def test_the_committed_page_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page(RESULTS)
+
+
+def test_every_raw_file_is_named_on_the_page() -> None:
+    text = page(RESULTS)
+    for path in RESULTS.glob("*.json"):
+        assert f"`{path.name}`: " in text
+
+
+def test_the_page_follows_the_raw_file(results: Path) -> None:
+    path = results / "speed_shapes.json"
+    raw = json.loads(path.read_text())
+    raw["shapes"]["125M float32"]["specdec plain / transformers"] = 77.125
+    path.write_text(json.dumps(raw))
+    assert "77.12" in page(results)
+
+
+def test_a_raw_file_without_a_section_is_an_error(results: Path) -> None:
+    (results / "novelty.json").write_text("{}")
+    with pytest.raises(InvalidArgumentError, match=r"novelty\.json: no section of docs"):
+        page(results)
+
+
+def test_a_section_without_its_file_is_an_error(results: Path) -> None:
+    (results / "ensemble.json").unlink()
+    with pytest.raises(InvalidArgumentError, match=r"ensemble\.json: no such file"):
+        page(results)
+
+
+def test_a_damaged_raw_file_is_named(results: Path) -> None:
+    (results / "ensemble.json").write_text("{")
+    with pytest.raises(InvalidArgumentError, match=r"ensemble\.json: not JSON"):
+        page(results)
+
+
+def test_the_check_fails_on_a_stale_page_and_writes_a_fresh_one(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = results.parent.parent
+    monkeypatch.setattr(sys, "argv", ["check_results.py"])
+    with pytest.raises(SystemExit, match="it differs from evals/results"):
+        check_results.main(root)
+    monkeypatch.setattr(sys, "argv", ["check_results.py", "--write"])
+    check_results.main(root)
+    monkeypatch.setattr(sys, "argv", ["check_results.py"])
+    check_results.main(root)
+    with (root / "docs" / "results.md").open("a") as file:
+        file.write("By hand: ten times as fast.\n")
+    with pytest.raises(SystemExit, match="it differs from evals/results"):
+        check_results.main(root)
+
+
+def test_no_two_sections_read_one_file() -> None:
+    for path in RESULTS.glob("*.json"):
+        assert len([s for s in SECTIONS if path.match(s.pattern)]) == 1
+
+
+def test_cells_cannot_break_a_table() -> None:
+    assert table(["a", "b"], [["x|y\nz", None], [True, 0.125]]) == [
+        "| a | b |", "|---|---:|", "| x\\|y z | - |", "| yes | 0.12 |",
+    ]  # fmt: skip
+
+
+def test_a_bench_is_labelled_and_what_was_refused_has_no_speed() -> None:
+    spread = {"median": 2.0, "p20": 1.0, "p80": 3.0}
+    base: dict[str, Any] = {"tokens_per_pass": 1.0, "speed_against": {}, "label": ""}
+    good = {**base, "name": "transformers", "tokens_per_second": spread,
+            "lossless": {"note": "1 of 1 texts equal"}}  # fmt: skip
+    bad = {**base, "name": "specdec x", "tokens_per_second": None, "label": "synthetic draft",
+           "lossless": {"note": "not the target's own"}}  # fmt: skip
+    settings = {
+        "target": {"name": "t", "parameters": 10**9, "dtype": "bfloat16"}, "draft": None,
+        "temperature": 0, "prompts": [["json", "a"], ["json", "b"]], "max_new_tokens": 8,
+        "rounds": 3, "random_weights": "llama-3-8b", "synthetic_acceptance": 0.8,
+    }  # fmt: skip
+    text = "\n".join(bench({"bench_x.json": {"rows": [good, bad], "settings": settings}}))
+    assert "RANDOM WEIGHTS; SYNTHETIC draft, acceptance 0.8" in text
+    assert "2 of json" in text
+    assert "| transformers | 2.00 (1.00 to 3.00) | 1.00 | 1 of 1 texts equal |" in text
+    assert "| specdec x (synthetic draft) | - | 1.00 | not the target's own |" in text
