@@ -8,15 +8,15 @@ never calls a kernel never imports Triton.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from specdec.kernels.dispatch import tree_attention
     from specdec.kernels.philox import philox_words
-    from specdec.kernels.reference import tree_attention
 
 __all__ = ["philox_words", "tree_attention"]
 
 
 def __getattr__(name: str) -> object:
     if name == "tree_attention":
-        from specdec.kernels.reference import tree_attention
+        from specdec.kernels.dispatch import tree_attention
 
         return tree_attention
     if name == "philox_words":

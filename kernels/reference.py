@@ -29,6 +29,20 @@ class Window:
         return positions - self.size + 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedPrefix:
+    """Neighbours of a batch that begin with the same pages: samples of one prompt, a cached prefix.
+
+    groups: (g + 1,) from 0 to B, sequences groups[i] to groups[i + 1] - 1 share. slots: (B,) how
+    many of its first slots a sequence shares with its group, one number per group, within every
+    context. On the device, so that nothing waits for them. Whole splits of what is shared are read
+    once per group (tiles.split_start), the rest by each sequence; the result has the same bits.
+    """
+
+    groups: Tensor
+    slots: Tensor
+
+
 def visibility(
     context: int,
     rows: int,
@@ -126,12 +140,13 @@ def _attend_by_hand(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """attend with the options that torch's fused attention lacks; scores in float32."""
+    """attend with the options that torch's fused attention lacks; scores in float32 at least."""
     rows, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
     kv_heads, groups = k.shape[0], heads // k.shape[0]
     packed = q.view(rows, kv_heads, groups, -1).permute(1, 2, 0, 3)
     packed = packed.reshape(kv_heads, groups * rows, -1)
-    scores = torch.bmm(packed.float(), k.float().mT) * scale  # (K, G * rows, T)
+    scores = torch.bmm(packed.to(wide), k.to(wide).mT) * scale  # (K, G * rows, T)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
@@ -139,10 +154,10 @@ def _attend_by_hand(
             bias = bias.repeat(groups, 1)
         scores = scores + bias
     if sinks is not None:
-        column = sinks.float().view(kv_heads, groups, 1).expand(-1, -1, rows)
+        column = sinks.to(wide).view(kv_heads, groups, 1).expand(-1, -1, rows)
         scores = torch.cat((scores, column.reshape(kv_heads, groups * rows, 1)), dim=-1)
     weights = scores.softmax(-1)[..., : k.shape[1]]
-    out = torch.bmm(weights, v.float()).to(q.dtype)
+    out = torch.bmm(weights, v.to(wide)).to(q.dtype)
     return _rows_first(out, kv_heads, groups, rows)
 
 
@@ -174,6 +189,8 @@ def gather_slots(pages: Tensor, block_table: Tensor, length: int) -> Tensor:
     page = pages.shape[1]
     slots = torch.arange(length, device=pages.device)
     flat = block_table[slots // page].long() * page + slots % page
+    if pages.dtype == torch.float8_e4m3fn:  # a copy of such numbers is not implemented
+        return gather_slots(pages.view(torch.uint8), block_table, length).view(pages.dtype)
     return pages.flatten(0, 1).index_select(0, flat)
 
 
@@ -187,7 +204,7 @@ def tree_attention(
     ancestor_bits: Tensor,
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Window | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
@@ -200,12 +217,14 @@ def tree_attention(
     context_lens: (B,) slots before each tree. cu_nodes: (B + 1,) row offsets. ancestor_bits:
     (rows, words) int64, which rows of its own tree a row sees, itself included; with a window a
     row's position is context + number of its ancestors. k_scale, v_scale: (K,) factors of
-    quantised pages. Returns (rows, H, Dv), written to out when given.
+    quantised pages, float8_e4m3fn or its bytes. Returns (rows, H, Dv), written to out when given.
     """
+    if k_pages.dtype == torch.uint8:
+        k_pages, v_pages = (t.view(torch.float8_e4m3fn) for t in (k_pages, v_pages))
     dtype, groups = q.dtype, q.shape[1] // k_pages.shape[2]
     if out is None:
         out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
-    limit = None if window is None else Window(window)
+    limit = Window(window) if isinstance(window, int) else window
     offsets, contexts = cu_nodes.tolist(), context_lens.tolist()
     for index, context in enumerate(contexts):
         begin, end = offsets[index], offsets[index + 1]

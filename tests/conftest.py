@@ -19,12 +19,14 @@ os.environ["SPECDEC_CACHE"] = tempfile.mkdtemp(prefix="specdec-tests-")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # read when triton is imported, which transformers does: later, tl.max and tl.sum stay compiled
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec.zoo.tokenizer import train_tokenizer
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 # One thread: the order of a sum, and so its last bits, depends on their number, and two of them
 # wait for each other at every operation when other jobs share the cores.
