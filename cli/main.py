@@ -9,6 +9,7 @@ import click
 import torch
 
 from specdec.cli.bench import bench
+from specdec.cli.eval import evaluate
 from specdec.cli.generate import generate
 from specdec.cli.index import index
 from specdec.cli.tune import tune
@@ -66,6 +67,7 @@ def main() -> None:
 
 main.add_command(generate)
 main.add_command(bench)
+main.add_command(evaluate)
 main.add_command(tune)
 main.add_command(verify)
 main.add_command(index)

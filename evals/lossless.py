@@ -334,6 +334,16 @@ def _difference(
     }  # fmt: skip
 
 
+def sample_texts(
+    engine: Engine, prompt: list[int], params: SamplingParams, seeds: Sequence[int]
+) -> Counter[Text]:
+    """How often each text follows the prompt, one text per seed."""
+    lanes = _Lanes(engine, 0, prompt, params)
+    texts = lanes.draw(seeds)
+    lanes.close()
+    return texts
+
+
 class _Lanes:
     """Samples many texts behind one prompt, whose cache each lane keeps."""
 

@@ -1,0 +1,245 @@
+"""specdec eval: acceptance statistics of one or more proposers on prompt sets."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+
+from specdec.acceptance import RULES
+from specdec.cli.console import remark, with_bar
+from specdec.cli.inputs import member_options
+from specdec.cli.options import Pair, end_tokens, load_pair, model_options, truncation_options
+from specdec.errors import InvalidArgumentError
+from specdec.evals import prompts as prompt_sets
+from specdec.evals.acceptance import Evaluation, Setting, Task
+from specdec.evals.contenders import Speculation
+from specdec.evals.folder import RunFolder
+from specdec.evals.provenance import model_facts
+from specdec.sampling import SamplingParams
+
+_LOSSLESS = [name for name, rule in RULES.items() if rule.lossless]
+
+
+def _speculations(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[Speculation, ...]:
+    del ctx, param
+    return tuple(Speculation.parse(value) for value in dict.fromkeys(values))
+
+
+@click.command("eval")
+@model_options
+@click.option(
+    "--proposer", "speculations", multiple=True, callback=_speculations,
+    default=("draft:4", "tree:2,2,1", "ngram:8"), show_default=True,
+    metavar="NAME|NAME:N|tree:K1,K2,…",
+    help="What drafts, with a length or shape; names with commas between them share one tree; may "
+    "be repeated.",
+)  # fmt: skip
+@click.option(
+    "--proposer-option", "options", multiple=True, callback=member_options,
+    metavar="NAME.OPTION=VALUE",
+    help="An option of a proposer, such as ngram.max_ngram=3; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--verification", "rules", multiple=True, type=click.Choice(["auto", *_LOSSLESS]),
+    default=("auto",), show_default=True, help="The rule that accepts; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--temperature", "temperatures", multiple=True, type=click.FloatRange(min=0),
+    default=(0.0,), show_default=True, help="0 is greedy decoding; may be repeated.",
+)  # fmt: skip
+@truncation_options
+@click.option(
+    "--prompts", "sources", multiple=True, default=("heldout_code",), show_default=True,
+    help=f"A set ({', '.join(prompt_sets.names())}), or a .jsonl or text file; may be repeated. Of "
+    "several turns the first is taken.",
+)  # fmt: skip
+@click.option("--column", default=None, help="Where the objects of a .jsonl file have their text.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=20, show_default=True,
+    help="Prompts of each set at most.",
+)  # fmt: skip
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
+    help="Tokens per prompt at most.",
+)  # fmt: skip
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Continuations of each prompt.",
+)  # fmt: skip
+@click.option(
+    "--timed", type=click.IntRange(min=0), default=4, show_default=True,
+    help="Prompts of each set whose speed is measured beside plain decoding.",
+)  # fmt: skip
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True,
+    help="How often each of those is continued; the least time counts.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path),
+    help="Keep raw figures in this folder; a run that was interrupted is resumed there.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate(
+    target: str, draft: str | None, dtype: str, device: str | None,
+    speculations: tuple[Speculation, ...], options: dict[str, dict[str, Any]],
+    rules: tuple[str, ...], temperatures: tuple[float, ...], top_k: int, top_p: float,
+    min_p: float, sources: tuple[str, ...], column: str | None, limit: int, max_new_tokens: int,
+    samples: int, timed: int, rounds: int, seed: int, out: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure how much of what is drafted is accepted.
+
+    Every proposer, rule and temperature continues every prompt. Reports acceptance with standard
+    errors over prompts, by depth, by rank of the child and by prompt set, the overlap of the two
+    models' laws, the draft's entropy and calibration, and what measured costs say of speed: the
+    predicted beside the measured one, the best length and tree.
+    """
+    needs_draft = any(each.num_drafts for each in speculations)
+    pair = load_pair(
+        target, draft, dtype, device, no_speculation=not needs_draft, proposer=None,
+        proposer_options={},
+    )  # fmt: skip
+    if needs_draft and pair.draft is None:
+        raise InvalidArgumentError("--proposer: a draft is needed; name one with --draft")
+    tasks = _tasks(pair, sources, column, limit, max_new_tokens)
+    ends = end_tokens(pair.target, pair.tokenizer)
+    tokenizers = pair.options["proposer_options"]
+    settings = []
+    for each, rule, temperature in product(speculations, rules, temperatures):
+        arguments = each.arguments(pair.draft, _with_tokenizers(each, options, tokenizers, pair))
+        # where plain decoding is quicker, auto would draft nothing
+        arguments |= {"policy": "constant", "verification": rule}
+        sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, ends)
+        settings.append(Setting(f"{each.text} {rule} T={temperature:g}", arguments, sampling))
+    folder = RunFolder(
+        out, "eval",
+        {
+            "target": {"name": target, **model_facts(pair.target)},
+            "draft": None if pair.draft is None else {
+                "name": pair.names["draft"], **model_facts(pair.draft)
+            },
+            "rows": [setting.name for setting in settings], "proposer_options": options,
+            "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "prompts": [[task.set, task.id] for task in tasks], "max_new_tokens": max_new_tokens,
+            "samples": samples, "timed": timed, "rounds": rounds, "seed": seed,
+            "device": str(pair.target.device),
+        },
+    )  # fmt: skip
+    found = Evaluation(
+        pair.target, settings, tasks, folder=folder, samples=samples, rounds=rounds, timed=timed,
+        seed=seed, progress=with_bar,
+    ).run()  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        _show(found)
+
+
+def _with_tokenizers(
+    each: Speculation, options: dict[str, dict[str, Any]], tokenizers: dict[str, Any], pair: Pair
+) -> dict[str, dict[str, Any]]:
+    """What the members must know beside their own options."""
+    found = {name: dict(its) for name, its in options.items()}
+    if "retrieval" in each.members:
+        found.setdefault("retrieval", {})["tokenizer"] = pair.tokenizer
+    if tokenizers and each.num_drafts and len(each.members) == 1:
+        found[each.members[0]] = {**tokenizers, **found.get(each.members[0], {})}
+    return found
+
+
+def _tasks(
+    pair: Pair, sources: tuple[str, ...], column: str | None, limit: int, new_tokens: int
+) -> list[Task]:
+    """The prompts that fit; says which do not."""
+    tasks: list[Task] = []
+    for source in dict.fromkeys(sources):
+        found = [
+            prompt_sets.Prompt(prompt.id, prompt.source, prompt.turns[:1])
+            for prompt in prompt_sets.load(source, column=column)[:limit]
+        ]
+        fitting = prompt_sets.fitting(
+            found, lambda text: len(pair.tokenizer(text)["input_ids"]), context=pair.context,
+            new_tokens=new_tokens,
+        )  # fmt: skip
+        if fitting.note:
+            remark(f"{source}: {fitting.note}")
+        tasks += [
+            Task(source, prompt.id, list(pair.tokenizer(prompt.text)["input_ids"]))
+            for prompt in fitting.kept
+        ]
+    if not tasks:
+        raise InvalidArgumentError("no prompt fits the target's context")
+    return tasks
+
+
+def _show(found: dict[str, Any]) -> None:
+    rows = found["rows"]
+    width = max(len(row["name"]) for row in rows)
+    click.echo(
+        f"{'':{width}}  {'acceptance':>15}  {'overlap':>15}  {'tokens/pass':>15}  {'cost':>5}  "
+        f"{'speed: predicted':>16}  {'measured':>15}"
+    )
+    for row in rows:
+        cells = [
+            _with_error(row[name])
+            for name in ("acceptance_rate", "overlap", "tokens_per_target_pass")
+        ]
+        click.echo(
+            f"{row['name']:{width}}  "
+            + "  ".join(f"{cell:>15}" for cell in cells)
+            + f"  {_number(row['cost_ratio']):>5}  {_number(row['predicted_speed']):>16}"
+            + f"  {_with_error(row['measured_speed']):>15}"
+        )
+    for row in rows:
+        _show_details(row)
+    for name, why in found["left_out"].items():
+        click.echo(f"{name}: left out: {' '.join(why.split())}")
+    click.echo("\n± is the standard error over prompts; speed is against plain decoding")
+
+
+def _show_details(row: dict[str, Any]) -> None:
+    click.echo(f"\n{row['name']}")
+    lines = {
+        "accepted by depth": _list(row["acceptance_by_position"]),
+        "accepted by rank of the child": _list(row["acceptance_by_rank"]),
+    }
+    if len(row["by_set"]) > 1:
+        lines |= {
+            f"accepted of {name}": _with_error(its["acceptance_rate"])
+            for name, its in row["by_set"].items()
+        }
+    if row["draft_entropy"] is not None:
+        lines["entropy of the draft, nats"] = _with_error(row["draft_entropy"])
+        lines["calibration error of the draft"] = _number(row["calibration"]["error"])
+    best, tree = row["best_length"], row["best_tree"]
+    if best is not None:
+        lines["best length"] = f"{best['length']}, speed {best['predicted_speed']:.2f} predicted"
+        if best["length"] == best["longest_drafted"]:
+            lines["best length"] += "; longer ones were not drafted"
+    if tree is not None:
+        lines["best tree"] = (
+            f"{len(tree['shape'])} nodes, speed {tree['predicted_speed']:.2f} predicted, "
+            f"parents {json.dumps(tree['shape'])}"
+        )
+    for name, text in lines.items():
+        if text:
+            click.echo(f"  {name}: {text}")
+
+
+def _list(rows: list[dict[str, Any] | None]) -> str:
+    return ", ".join(_with_error(row) for row in rows)
+
+
+def _with_error(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    error = found["standard_error"]
+    return f"{found['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,465 @@
+"""How much of what is drafted is accepted, and what follows from it: what `specdec eval` reports.
+
+Every setting (what drafts, shape, rule, temperature) continues every prompt. Counts are kept per
+prompt, which is the cluster of every standard error (evals/estimates.py). Beside counts of accepted
+tokens stands the overlap sum_x min(p(x), q(x)) of target and draft at every place that was reached:
+what token-wise verification accepts on average, without the noise of its coins (Leviathan et al.
+2023, 2211.17192, section 3.2).
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.costs import StepCosts
+from specdec.engine import Engine
+from specdec.errors import InvalidArgumentError
+from specdec.evals.estimates import Estimate, ratio
+from specdec.evals.folder import RunFolder
+from specdec.optimal import fastest_shape
+from specdec.rng import Noise, derive_seed
+from specdec.sampling import Law, Paths, SamplingParams
+from specdec.sequence import Sequence as Sample
+from specdec.tree import TokenTree
+from specdec.verifier import Verdict
+
+BINS = 10  # of the draft's confidence
+TREE_NODES, TREE_DEPTH = 48, 8
+_TOGETHER = 8  # prompts
+
+Progress = Callable[[Sequence[Any], str], Iterator[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One prompt of one set."""
+
+    set: str
+    id: str
+    tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row: arguments of Engine beside the target, and how is sampled."""
+
+    name: str
+    arguments: dict[str, Any]
+    sampling: SamplingParams
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of one prompt. Lists by depth or rank begin with the first."""
+
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    offered: list[int] = field(default_factory=list)  # by depth: steps that drafted so deep
+    kept: list[int] = field(default_factory=list)  # by depth: steps that accepted so deep
+    reached: list[int] = field(default_factory=list)  # by rank: nodes with so many draws
+    taken: list[int] = field(default_factory=list)  # by rank: this draw was accepted
+    overlap: float = 0.0
+    overlaps: int = 0
+    entropy: float = 0.0  # of the draft's laws, nats
+    laws: int = 0
+    confidence: list[float] = field(default_factory=lambda: [0.0] * BINS)  # of the best token
+    right: list[float] = field(default_factory=lambda: [0.0] * BINS)  # the target's probability
+    binned: list[int] = field(default_factory=lambda: [0] * BINS)
+    sizes: dict[str, int] = field(default_factory=dict)  # "depth nodes" -> steps
+    context: int = 0  # tokens before each step, summed
+
+    def add(self, tree: TokenTree, verdict: Verdict, p: Tensor | None) -> None:
+        """One step; p (rows, V): the target's laws, root row first; None: not compared."""
+        depth, ranks = tree.max_depth, tree.ranks(verdict.path)
+        self.drafted += len(tree)
+        self.accepted += verdict.accepted
+        for level in range(depth):
+            _count(self.offered, level, 1)
+            _count(self.kept, level, int(verdict.accepted > level))
+        for draws, which in ranks:
+            for rank in range(draws):
+                _count(self.reached, rank, 1)
+                _count(self.taken, rank, int(which == rank + 1))
+        size = f"{depth} {len(tree)}"
+        self.sizes[size] = self.sizes.get(size, 0) + 1
+        if p is None:
+            return
+        firsts: dict[int, Any] = {}
+        for proposal in tree.proposals:
+            firsts.setdefault(proposal.parent, proposal)
+        for node in (-1, *verdict.path):
+            if node in firsts:
+                self._compare(p[node + 1], firsts[node], tree)
+
+    def _compare(self, p: Tensor, first: Any, tree: TokenTree) -> None:
+        """The target's law at a node that was reached, and that of its first draw."""
+        self.overlaps += 1
+        if first.law.row is None or tree.laws is None:
+            self.overlap += float(p[first.token])
+            return
+        q = tree.laws[first.law.row].double()
+        target = p.double()
+        self.overlap += float(torch.minimum(target, q).sum())
+        self.entropy -= float((q * q.clamp_min(1e-300).log()).sum())
+        self.laws += 1
+        confidence, best = q.max(-1)
+        place = min(int(float(confidence) * BINS), BINS - 1)
+        self.confidence[place] += float(confidence)
+        self.right[place] += float(target[best])
+        self.binned[place] += 1
+
+
+def _count(counts: list[int], index: int, by: int) -> None:
+    counts.extend([0] * (index + 1 - len(counts)))
+    counts[index] += by
+
+
+class Recorder:
+    """Counts what an engine's verifier says, by sequence."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.tallies: dict[str, Tally] = {}
+        self._is_coupled = engine.proposer is not None and engine.proposer.law == "coupled"
+        self._verify = engine.verifier.verify
+        engine.verifier.verify = self._recorded  # type: ignore[method-assign]
+
+    def _recorded(
+        self, sequences: Sequence[Sample], trees: Sequence[TokenTree], noise: Noise
+    ) -> list[Verdict]:
+        verdicts = self._verify(sequences, trees, noise)
+        for sequence, tree, verdict in zip(sequences, trees, verdicts, strict=True):
+            tally = self.tallies.setdefault(sequence.request_id, Tally())
+            tally.context += len(sequence.tokens)
+            # a draft that shares the target's noise was not drawn from a law by itself
+            p = None if self._is_coupled else _laws(sequence.law, verdict.logits)
+            tally.add(tree, verdict, p)
+        return verdicts
+
+    def run(
+        self, prompts: Sequence[list[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Tally]:
+        """Continues the prompts together."""
+        self.tallies.clear()
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            self.engine.add_request(prompt, sampling, seed=seed, request_id=str(number))
+        for out in self.engine:
+            tally = self.tallies[out.id]
+            tally.tokens, tally.steps = len(out.token_ids), out.stats.steps
+        return [self.tallies[str(number)] for number in range(len(prompts))]
+
+
+def _laws(law: Law, logits: Tensor) -> Tensor:
+    if law.greedy:
+        best = law.best(logits, _no_paths)
+        return torch.nn.functional.one_hot(best, logits.shape[1]).float()
+    return law.probabilities(logits, _no_paths)
+
+
+def _no_paths() -> Paths:
+    raise AssertionError("nothing here looks at a path")
+
+
+# --- what is reported of tallies
+
+
+def summary(tallies: Sequence[Tally]) -> dict[str, Any]:
+    """Estimates of everything that is counted; None where nothing was."""
+
+    def rate(over: Callable[[Tally], float], under: Callable[[Tally], float]) -> Estimate | None:
+        return ratio([over(t) for t in tallies], [under(t) for t in tallies])
+
+    depth = max((len(t.offered) for t in tallies), default=0)
+    ranks = max((len(t.reached) for t in tallies), default=0)
+    rates = {
+        "acceptance_rate": rate(lambda t: t.accepted, lambda t: t.drafted),
+        "tokens_per_target_pass": rate(lambda t: t.tokens, lambda t: t.steps),
+        "overlap": rate(lambda t: t.overlap, lambda t: t.overlaps),
+        "draft_entropy": rate(lambda t: t.entropy, lambda t: t.laws),
+    }
+    by_position = [
+        rate(lambda t, i=i: _at(t.kept, i), lambda t, i=i: _at(t.offered, i))  # type: ignore[misc]
+        for i in range(depth)
+    ]
+    by_rank = [
+        rate(lambda t, i=i: _at(t.taken, i), lambda t, i=i: _at(t.reached, i))  # type: ignore[misc]
+        for i in range(ranks)
+    ]
+    return {
+        **{name: _plain(found) for name, found in rates.items()},
+        "acceptance_by_position": [_plain(found) for found in by_position],
+        "acceptance_by_rank": [_plain(found) for found in by_rank],
+        "calibration": _calibration(tallies),
+        "tokens": sum(t.tokens for t in tallies),
+        "steps": sum(t.steps for t in tallies),
+        "drafted": sum(t.drafted for t in tallies),
+        "accepted": sum(t.accepted for t in tallies),
+        "prompts": len(tallies),
+    }
+
+
+def _at(counts: Sequence[int], index: int) -> int:
+    return counts[index] if index < len(counts) else 0
+
+
+def _plain(found: Estimate | None) -> dict[str, Any] | None:
+    return None if found is None else found.as_dict()
+
+
+def _calibration(tallies: Sequence[Tally]) -> dict[str, Any] | None:
+    """By the draft's confidence in its best token: what the target gives that token. error: their
+    mean distance over all bins (expected calibration error, Guo et al. 2017, 1706.04599)."""
+    rows, distance, total = [], 0.0, sum(sum(t.binned) for t in tallies)
+    if not total:
+        return None
+    for place in range(BINS):
+        count = sum(t.binned[place] for t in tallies)
+        if not count:
+            continue
+        confidence = sum(t.confidence[place] for t in tallies) / count
+        target = sum(t.right[place] for t in tallies) / count
+        distance += count / total * abs(confidence - target)
+        rows.append(
+            {"confidence": round(confidence, 4), "target": round(target, 4), "places": count}
+        )
+    return {"error": round(distance, 4), "bins": rows}
+
+
+# --- what follows from measured costs
+
+
+def forecast(tallies: Sequence[Tally], costs: StepCosts | None, *, drafts: bool) -> dict[str, Any]:
+    """Predicted speed against plain decoding, and the length and tree that would be quickest.
+
+    drafts: whether a model drafts; else drafting is taken to cost nothing. Nothing is predicted
+    where costs are not known.
+    """
+    steps = sum(t.steps for t in tallies)
+    if costs is None or not steps:
+        return {"cost_ratio": None, "predicted_speed": None, "best_length": None, "best_tree": None}
+    context = sum(t.context for t in tallies) / steps
+    plain = costs.verify_seconds(1, context)
+
+    def drafting(depth: int) -> float:
+        return costs.draft_seconds(depth, context) if drafts else 0.0
+
+    seconds = 0.0
+    for size, count in sum((Counter(t.sizes) for t in tallies), Counter[str]()).items():
+        depth, nodes = map(int, size.split())
+        seconds += count * (drafting(depth) + costs.verify_seconds(nodes + 1, context))
+    tokens = sum(t.tokens for t in tallies)
+    found: dict[str, Any] = {
+        "cost_ratio": round(drafting(1) / plain, 4),
+        "predicted_speed": round(tokens / steps * plain / (seconds / steps), 4),
+        "best_length": None, "best_tree": None, "context": round(context, 1),
+    }  # fmt: skip
+    counted = summary(tallies)
+    if max(len(t.reached) for t in tallies) == 1:  # chains
+        found["best_length"] = _best_length(counted, costs, context, plain, drafting)
+    ranks = [row["value"] for row in counted["acceptance_by_rank"]]
+    if drafts and any(ranks):
+        choice = fastest_shape(
+            ranks,
+            lambda rows: drafting(1) + (rows - 1) * costs.catch_up,
+            lambda rows: costs.verify_seconds(rows, context),
+            nodes=TREE_NODES,
+            depth=TREE_DEPTH,
+        )
+        found["best_tree"] = {
+            "shape": list(choice.shape), "tokens_per_target_pass": round(choice.tokens, 4),
+            "predicted_speed": round(choice.tokens_per_second * plain, 4),
+        }  # fmt: skip
+    return found
+
+
+def _best_length(
+    counted: dict[str, Any], costs: StepCosts, context: float, plain: float,
+    drafting: Callable[[int], float],
+) -> dict[str, Any]:  # fmt: skip
+    """Of chains: among the lengths that were drafted, and none."""
+    best, best_speed, tokens = 0, 1.0, 1.0
+    for length, row in enumerate(counted["acceptance_by_position"], 1):
+        tokens += row["value"]
+        speed = tokens * plain / (drafting(length) + costs.verify_seconds(length + 1, context))
+        if speed > best_speed:
+            best, best_speed = length, speed
+    longest = len(counted["acceptance_by_position"])
+    return {
+        "length": best, "predicted_speed": round(best_speed, 4), "longest_drafted": longest,
+    }  # fmt: skip
+
+
+# --- the run
+
+
+class Evaluation:
+    """Measures settings of one target on prompts."""
+
+    def __init__(
+        self, target: Any, settings: Sequence[Setting], tasks: Sequence[Task], *,
+        folder: RunFolder | None = None, samples: int = 1, rounds: int = 3, timed: int = 4,
+        seed: int = 0, progress: Progress = lambda items, _: iter(items),
+    ) -> None:  # fmt: skip
+        """samples: continuations of each prompt; timed: prompts of each set whose speed is
+        measured, in so many rounds, beside plain decoding. Raises InvalidArgumentError without
+        settings or tasks."""
+        if not settings or not tasks:
+            raise InvalidArgumentError("nothing to evaluate: expected settings and prompts")
+        self.target, self.settings, self.tasks = target, settings, tasks
+        self.folder = folder or RunFolder(None, "eval", {})
+        self.samples, self.rounds, self.timed, self.seed = samples, rounds, timed, seed
+        self.progress = progress
+
+    def run(self) -> dict[str, Any]:
+        """Every setting in turn; a setting that the engine refuses is left out, with the reason."""
+        rows, left_out = [], {}
+        for setting in self.settings:
+            try:
+                engine = self._engine(setting)
+                engine.verifier.check_law(setting.sampling.law())
+                rows.append(self._row(setting, engine))
+            except InvalidArgumentError as error:
+                left_out[setting.name] = str(error)
+        if not rows:
+            name, why = next(iter(left_out.items()))
+            raise InvalidArgumentError(f"{name}: {why}")
+        found = {
+            "settings": self.folder.settings, "sessions": self.folder.sessions, "rows": rows,
+            "left_out": left_out,
+        }  # fmt: skip
+        self.folder.finish(found)
+        return found
+
+    def _engine(self, setting: Setting) -> Engine:
+        return Engine(self.target, grow=True, **setting.arguments)
+
+    def _row(self, setting: Setting, engine: Engine) -> dict[str, Any]:
+        tallies = self._tallies(setting, engine)
+        drafts = engine.proposer is not None and bool(engine.proposer.draft_rows(1))
+        depth = max((len(t.offered) for t in tallies.values()), default=0)
+        costs = engine.step_costs(setting.sampling, max_depth=max(depth, 1)) if depth else None
+        sets = list(dict.fromkeys(task.set for task in self.tasks))
+        return {
+            "name": setting.name,
+            **summary(list(tallies.values())),
+            "by_set": {
+                name: summary([t for (its, _), t in tallies.items() if its == name])
+                for name in sets
+            },
+            **forecast(list(tallies.values()), costs, drafts=drafts),
+            "costs": None if costs is None else asdict(costs),
+            "measured_speed": self._speed(setting) if self.timed else None,
+        }
+
+    def _tallies(self, setting: Setting, engine: Engine) -> dict[tuple[str, str], Tally]:
+        """By set and prompt; samples of a prompt are added up."""
+        found: dict[tuple[str, str], Tally] = {}
+        for record in self.folder.records:
+            if record["kind"] == "tally" and record["setting"] == setting.name:
+                found[record["set"], record["prompt"]] = Tally(**record["tally"])
+        jobs = [
+            (number, task)
+            for number, task in enumerate(self.tasks)
+            if (task.set, task.id) not in found
+        ]
+        together = [jobs[i : i + _TOGETHER] for i in range(0, len(jobs), _TOGETHER)]
+        recorder = Recorder(engine)
+        for some in self.progress(together, setting.name):
+            prompts = [task.tokens for _, task in some for _ in range(self.samples)]
+            seeds = [
+                derive_seed(self.seed, number, sample)
+                for number, _ in some
+                for sample in range(self.samples)
+            ]
+            each = recorder.run(prompts, setting.sampling, seeds)
+            for place, (_, task) in enumerate(some):
+                its = added(each[place * self.samples : (place + 1) * self.samples])
+                found[task.set, task.id] = its
+                self.folder.append(
+                    {
+                        "kind": "tally", "setting": setting.name, "set": task.set,
+                        "prompt": task.id, "tally": asdict(its),
+                    }
+                )  # fmt: skip
+        return {(task.set, task.id): found[task.set, task.id] for task in self.tasks}
+
+    def _speed(self, setting: Setting) -> dict[str, Any] | None:
+        """Against plain decoding, in turn; each prompt's least seconds per token of each, for texts
+        that go on behind end tokens."""
+        sampling = replace(setting.sampling, eos_token_ids=())
+        taken: Counter[str] = Counter()
+        timed = []
+        for number, task in enumerate(self.tasks):
+            taken[task.set] += 1
+            if taken[task.set] <= self.timed:
+                timed.append((number, task))
+        known = {
+            (r["set"], r["prompt"]): r
+            for r in self.folder.records
+            if r["kind"] == "speed" and r["setting"] == setting.name
+        }
+        jobs = [job for job in timed if (job[1].set, job[1].id) not in known]
+        engines = (Engine(self.target, grow=True), self._engine(setting)) if jobs else ()
+        for first, (number, task) in enumerate(self.progress(jobs, f"{setting.name}: speed")):
+            least = [float("inf")] * 2
+            for round_ in range(self.rounds + (first == 0)):
+                for i, engine in enumerate(engines):
+                    seconds = seconds_per_token(engine, task.tokens, sampling, self._seed(number))
+                    if first or round_:  # the very first round warms up
+                        least[i] = min(least[i], seconds)
+            record = {
+                "kind": "speed", "setting": setting.name, "set": task.set, "prompt": task.id,
+                "plain": least[0], "speculative": least[1],
+            }  # fmt: skip
+            known[task.set, task.id] = record
+            self.folder.append(record)
+        rows = [known[task.set, task.id] for _, task in timed]
+        found = ratio([r["plain"] for r in rows], [r["speculative"] for r in rows])
+        return None if found is None else found.as_dict()
+
+    def _seed(self, number: int) -> int:
+        return derive_seed(self.seed, number, 0)
+
+
+def added(tallies: Sequence[Tally]) -> Tally:
+    """The sum of several."""
+    total = Tally()
+    for tally in tallies:
+        for name, value in asdict(tally).items():
+            mine = getattr(total, name)
+            if isinstance(value, dict):
+                setattr(total, name, dict(Counter(mine) + Counter(value)))
+            elif isinstance(value, list):
+                size = max(len(mine), len(value))
+                pairs = zip(_padded(mine, size), _padded(value, size), strict=True)
+                setattr(total, name, [a + b for a, b in pairs])
+            else:
+                setattr(total, name, mine + value)
+    return total
+
+
+def _padded(values: list[Any], size: int) -> list[Any]:
+    return values + [0] * (size - len(values))
+
+
+def seconds_per_token(
+    engine: Engine, prompt: list[int], sampling: SamplingParams, seed: int
+) -> float:
+    """Behind the first step, which reads the prompt; of all steps where there is no other."""
+    engine.add_request(prompt, sampling, seed=seed)
+    began = time.perf_counter()
+    first = len(engine.step()[0].tokens)
+    read = time.perf_counter()
+    while engine.scheduler.running:
+        engine.step()
+    ended = time.perf_counter()
+    [out] = engine.take_finished()
+    rest = len(out.token_ids) - first
+    return (ended - read) / rest if rest else (ended - began) / first

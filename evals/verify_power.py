@@ -1,0 +1,177 @@
+"""How often the two-sample test of `specdec verify` is right: which planted mistakes it sees, and
+how often it cries wolf, on table models.
+
+    python -m specdec.evals.verify_power --out evals/results/verify_power.json
+
+Texts of a mistake are drawn from its exact law, which is enumerated (evals/wrong_rules.py): that is
+what running it long enough gives. False alarms are counted twice: on samples of the target's exact
+laws at the full size of the asked distance, and on texts that the production engine samples from a
+table model, where the whole chain of `verify` is run at a smaller size.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from specdec import Engine, SamplingParams
+from specdec.evals.enumeration import Joint, compare, make_tables
+from specdec.evals.lossless import Plan, sample_texts
+from specdec.evals.provenance import provenance
+from specdec.evals.two_sample import Text, g_test
+from specdec.evals.wrong_rules import FAULTS, Variant
+from specdec.rng import derive_seed
+from specdec.toy import table_pair
+
+DETECT, CAUGHT_ABOVE = 0.01, 0.02
+PERMUTATIONS = 999
+# As `verify` samples on one table: one prompt, as many cells as its four prompts have together.
+PLAN = Plan(DETECT, tokens=5, cells=32, prompts=1)
+ENGINE_PLAN = Plan(0.2, tokens=3, cells=16, prompts=1)
+
+
+def joint_law(joint: Joint) -> tuple[list[Text], NDArray[np.float64]]:
+    masses = np.array([float(mass) for mass in joint.values()])
+    return list(joint), masses / masses.sum()
+
+
+def drawn(law: tuple[list[Text], NDArray[np.float64]], size: int, seed: int) -> Counter[Text]:
+    texts, masses = law
+    counts = np.random.default_rng(seed).multinomial(size, masses).tolist()
+    return Counter({text: n for text, n in zip(texts, counts, strict=True) if n})
+
+
+def cut(joint: Joint, tokens: int) -> Joint:
+    """The law of the first tokens."""
+    law: Joint = {}
+    for text, mass in joint.items():
+        law[text[:tokens]] = law.get(text[:tokens], 0) + mass
+    return law
+
+
+def distance(a: Joint, b: Joint) -> float:
+    return float(sum(abs(a.get(text, 0) - b.get(text, 0)) for text in a.keys() | b.keys())) / 2
+
+
+def most_biased(variant: Variant, seeds: int) -> tuple[int, Joint, Joint]:
+    """The tables on which a mistake shows most, its law there and the target's."""
+    found = []
+    for seed in range(seeds):
+        tables = make_tables(variant.tables, seed).as_floats()
+        both = compare(variant.verify, variant.grow, variant.shape, tables)
+        found.append((both.total_variation, seed, both))
+    _, seed, both = max(found, key=lambda item: item[:2])
+    return seed, cut(both.ours, PLAN.tokens), cut(both.target, PLAN.tokens)
+
+
+def power_of(variant: Variant, runs: int, seeds: int) -> dict[str, Any]:
+    seed, ours, target = most_biased(variant, seeds)
+    laws, size = (joint_law(ours), joint_law(target)), PLAN.texts(1)
+    p_values = []
+    for run in range(runs):
+        samples = [drawn(law, size, 2 * run + side) for side, law in enumerate(laws)]
+        answer = g_test(
+            [(samples[0], samples[1])], cells=PLAN.cells, seed=run, permutations=PERMUTATIONS
+        )
+        p_values.append(answer.p_value)
+    return {
+        "name": variant.name, "tables": variant.tables, "seed": seed,
+        "total_variation": round(distance(ours, target), 5),
+        "caught": sum(p < PLAN.level for p in p_values), "runs": runs,
+        "largest_p_value": max(p_values),
+    }  # fmt: skip
+
+
+def alarms_of_laws(runs: int) -> dict[str, Any]:
+    """On samples of one law each, at the full size."""
+    p_values = []
+    size = PLAN.texts(1)
+    for run in tqdm(range(runs), desc="null, exact laws"):
+        tables = make_tables("generic", run).as_floats()
+        variant = FAULTS[0]
+        law = joint_law(compare(variant.verify, variant.grow, variant.shape, tables).target)
+        pair = drawn(law, size, 10_000 + 2 * run), drawn(law, size, 10_001 + 2 * run)
+        p_values.append(
+            g_test([pair], cells=PLAN.cells, seed=run, permutations=PERMUTATIONS).p_value
+        )
+    return _alarms(p_values, PLAN, size)
+
+
+def alarms_of_engine(runs: int) -> dict[str, Any]:
+    """On texts of the production engine on a table model, speculative beside plain."""
+    target, draft = table_pair(4, 0.7, order=1, seed=1, zeros=1)
+    engines = (
+        Engine(target, draft=draft, num_draft_tokens=2, policy="constant", grow=True),
+        Engine(target, grow=True),
+    )
+    params = SamplingParams(max_new_tokens=ENGINE_PLAN.tokens, temperature=1.0)
+    size = ENGINE_PLAN.texts(1)
+    p_values = []
+    for run in tqdm(range(runs), desc="null, engine"):
+        samples = [
+            sample_texts(engine, [0], params, _seeds(run, side, size))
+            for side, engine in enumerate(engines)
+        ]
+        p_values.append(
+            g_test(
+                [(samples[0], samples[1])], cells=ENGINE_PLAN.cells, seed=run,
+                permutations=PERMUTATIONS,
+            ).p_value
+        )  # fmt: skip
+    accepted = engines[0].stats.acceptance_rate
+    return {**_alarms(p_values, ENGINE_PLAN, size), "acceptance_rate": round(accepted, 4)}
+
+
+def _seeds(run: int, side: int, size: int) -> Sequence[int]:
+    return [derive_seed(derive_seed(run, 0, side), 0, 1 + i) for i in range(size)]
+
+
+def _alarms(p_values: Sequence[float], plan: Plan, size: int) -> dict[str, Any]:
+    alarms = sum(p < plan.level for p in p_values)
+    return {
+        "runs": len(p_values), "level": plan.level, "alarms": alarms, "texts": size,
+        "at_5_percent": sum(p < 0.05 for p in p_values), "detect_tv": plan.total_variation,
+        "p_values": [round(p, 4) for p in p_values],
+    }  # fmt: skip
+
+
+@click.command()
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option("--runs", type=click.IntRange(min=1), default=20, help="Per mistake.")
+@click.option("--null-runs", type=click.IntRange(min=1), default=200)
+@click.option("--seeds", type=click.IntRange(min=1), default=4, help="Tables per mistake.")
+def main(out: Path, runs: int, null_runs: int, seeds: int) -> None:
+    """Counts what is caught and what is a false alarm."""
+    began = time.time()
+    faults = [power_of(variant, runs, seeds) for variant in tqdm(FAULTS, desc="planted")]
+    large = [f for f in faults if f["total_variation"] > CAUGHT_ABOVE]
+    missed = [f["name"] for f in large if f["caught"] < f["runs"]]
+    result = {
+        "provenance": provenance(),
+        "detect_tv": DETECT, "power": PLAN.power, "level": PLAN.level, "cells": PLAN.cells,
+        "tokens": PLAN.tokens, "texts": PLAN.texts(1),
+        "faults": faults,
+        "above": CAUGHT_ABOVE, "faults_above": len(large), "always_caught_above":
+        len(large) - len(missed), "missed_above": missed,
+        "null": {"laws": alarms_of_laws(null_runs), "engine": alarms_of_engine(null_runs)},
+        "seconds": round(time.time() - began),
+    }  # fmt: skip
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    click.echo(
+        f"{len(large) - len(missed)} of {len(large)} mistakes above {CAUGHT_ABOVE} always caught; "
+        + ", ".join(
+            f"{name}: {null['alarms']} alarms of {null['runs']} at {null['level']}"
+            for name, null in result["null"].items()  # type: ignore[attr-defined]
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
