@@ -107,9 +107,10 @@ def alarms_of_laws(runs: int) -> dict[str, Any]:
 def alarms_of_engine(runs: int) -> dict[str, Any]:
     """On texts of the production engine on a table model, speculative beside plain."""
     target, draft = table_pair(4, 0.7, order=1, seed=1, zeros=1)
+    alone, _ = table_pair(4, 0.7, order=1, seed=1, zeros=1)
     engines = (
         Engine(target, draft=draft, num_draft_tokens=2, policy="constant", grow=True),
-        Engine(target, grow=True),
+        Engine(alone, grow=True),
     )
     params = SamplingParams(max_new_tokens=ENGINE_PLAN.tokens, temperature=1.0)
     size = ENGINE_PLAN.texts(1)
