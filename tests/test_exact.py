@@ -90,7 +90,7 @@ def test_drafts_are_cut_and_kinds_kept(tmp_path: Path) -> None:
     assert small(num_draft_tokens=1)["num_draft_tokens"] == 1
     assert small(proposer="ngram")["num_draft_tokens"] == 3
     assert small(policy="heuristic")["num_draft_tokens"] == "auto"
-    given = {"shape": [-1] * 40, "kind": "iid", "temperature": 0.5}
+    given: dict[str, Any] = {"shape": [-1] * 40, "kind": "iid", "temperature": 0.5}
     own = small(proposer="tree", proposer_options=given)["proposer_options"]
     assert own == {"shape": [-1, -1, 0], "kind": "iid", "temperature": 0.5}
     assert len(given["shape"]) == 40  # the caller's own stays

@@ -9,6 +9,7 @@ import pytest
 from specdec.errors import InvalidArgumentError
 from specdec.evals.two_sample import (
     LEAST,
+    Counts,
     cell_of,
     g_test,
     noncentrality,
@@ -32,7 +33,7 @@ def some_law(seed: int = 0) -> np.ndarray:
 
 
 def test_cells_are_the_heaviest_beginnings() -> None:
-    counts = {(0, 0): 500, (0, 1): 300, (1, 0): 100, (1, 1): 60, (2, 0): 40}
+    counts: Counts = {(0, 0): 500, (0, 1): 300, (1, 0): 100, (1, 1): 60, (2, 0): 40}
     assert partition(counts, 1) == {(): 0}
     assert partition(counts, 2) == {(): 0, (0,): 1}
     assert partition(counts, 3) == {(): 0, (0,): 1, (0, 0): 2}
@@ -55,14 +56,14 @@ def test_cells_hold_enough_texts_and_every_text_has_one() -> None:
 
 def test_texts_that_begin_alike_are_told_apart_further_on() -> None:
     """A model that is certain of its first tokens leaves cells for the later ones."""
-    counts = {(7, 7, 7, 0): 600, (7, 7, 7, 1): 300, (7, 7, 7, 2): 100}
+    counts: Counts = {(7, 7, 7, 0): 600, (7, 7, 7, 1): 300, (7, 7, 7, 2): 100}
     found = partition(counts, 3)
     assert len({cell_of(text, found) for text in counts}) == 3
 
 
 def test_rare_texts_are_dealt_out_by_frequency() -> None:
     """A flat law has no frequent beginning; its test must not end with one cell."""
-    counts = {(token, 0): 1 + (token < 50) for token in range(250)}
+    counts: Counts = {(token, 0): 1 + (token < 50) for token in range(250)}
     found = partition(counts, 6)
     masses: Counter[int] = Counter()
     for text, n in counts.items():
