@@ -5,19 +5,22 @@ prompt lookup beside transformers' own. Both sides of every figure alternate in 
     python -m specdec.evals.policy_speed synthetic --out evals/results/policy_synthetic.json
     python -m specdec.evals.policy_speed lookup --out evals/results/policy_lookup.json
 
-A contender's figure on a prompt set is the sum over its prompts of the least time of several
-rounds: processor time of the one thread that works, so that other jobs on a shared machine count by
-the caches alone. `copy_edits` is held to its reference, because the built-in pair does not copy:
-the target's pass is computed as ever, then its logits are replaced by certainty of the reference's
-next token; for transformers a logits processor does the same. The synthetic draft is right with a
-known probability and takes a known share of a target pass.
+The contenders take turns, a few tokens each (race() says how); what counts is processor time of the
+one thread that works, so that other jobs on a shared machine count by the caches alone. Suffix
+decoding forgets past outputs here, or later rounds would copy the first one's. At T=1 the rule is
+`gumbel`, under which every contender writes the same text. `copy_edits` is held to its reference,
+because the built-in pair does not copy: the target's pass is computed as ever, then its logits are
+replaced by certainty of the reference's next token; for transformers a logits processor does the
+same. The synthetic draft is right with a known probability and takes a known share of a target
+pass.
 """
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -35,53 +38,122 @@ from specdec.toy import ContinuationRunner, SyntheticDraft
 SETS = ("heldout_code", "copy_edits", "json", "prose", "random")
 HELD = "copy_edits"
 LENGTHS = {"draft": (1, 2, 3, 4, 6, 8), "ngram": (2, 4, 8, 16, 32), "suffix": (4, 8, 16, 32)}
+TURN = 16  # tokens
 ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 
-@dataclass
-class Racer:
-    """One way to continue a prompt; run(prompt, seed) -> the new tokens."""
+class Racer(ABC):
+    """One way to continue a prompt."""
 
-    name: str
-    run: Callable[[list[int], int], tuple[int, ...]]
-    seconds: list[float] = field(default_factory=list)  # least, per prompt
-    texts: list[tuple[int, ...]] = field(default_factory=list)
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seconds: list[float] = []  # per prompt
+        self.texts: list[tuple[int, ...]] = []
+
+    @abstractmethod
+    def start(self, prompt: list[int], seed: int) -> None:
+        """The next prompt."""
+
+    @abstractmethod
+    def advance(self) -> tuple[list[float], bool]:
+        """Goes on for about TURN tokens: processor seconds of each new token, whether more come."""
+
+    @abstractmethod
+    def text(self) -> tuple[int, ...]:
+        """The new tokens, when no more come."""
 
 
-def racer(name: str, target: Any, tokens: int, temperature: float, **options: Any) -> Racer:
-    engine = Engine(target, grow=True, **options)
-    params = SamplingParams(max_new_tokens=tokens, temperature=temperature)
+class EngineRacer(Racer):
+    """An Engine."""
 
-    def run(prompt: list[int], seed: int) -> tuple[int, ...]:
-        engine.add_request(prompt, params, seed=seed)
-        [out] = list(engine)
-        return out.token_ids
+    def __init__(self, name: str, target: Any, tokens: int, temperature: float, **how: Any) -> None:
+        super().__init__(name)
+        self.engine = Engine(target, grow=True, **how)
+        self._params = SamplingParams(max_new_tokens=tokens, temperature=temperature)
+        self._admission = 0.0
 
-    return Racer(name, run)
+    def start(self, prompt: list[int], seed: int) -> None:
+        began = time.thread_time()
+        self.engine.add_request(prompt, self._params, seed=seed)
+        self._admission = time.thread_time() - began
+
+    def advance(self) -> tuple[list[float], bool]:
+        each: list[float] = []
+        spent, self._admission = self._admission, 0.0
+        while len(each) < TURN:
+            began = time.thread_time()
+            [record] = self.engine.step()
+            spent += time.thread_time() - began
+            each += [spent / len(record.tokens)] * len(record.tokens)
+            spent = 0.0
+            if record.finish_reason is not None:
+                return each, False
+        return each, True
+
+    def text(self) -> tuple[int, ...]:
+        [output] = self.engine.take_finished()
+        return output.token_ids
+
+
+class CallRacer(Racer):
+    """A function that does all at once; run(prompt) -> the new tokens."""
+
+    def __init__(self, name: str, run: Callable[[list[int]], tuple[int, ...]]) -> None:
+        super().__init__(name)
+        self._run, self._prompt, self._text = run, [0], (0,)
+
+    def start(self, prompt: list[int], seed: int) -> None:
+        del seed
+        self._prompt = prompt
+
+    def advance(self) -> tuple[list[float], bool]:
+        began = time.thread_time()
+        self._text = self._run(self._prompt)
+        return [(time.thread_time() - began) / len(self._text)] * len(self._text), False
+
+    def text(self) -> tuple[int, ...]:
+        return self._text
 
 
 def race(
-    racers: list[Racer], prompts: list[list[int]], rounds: int, label: str,
+    racers: Sequence[Racer], prompts: list[list[int]], rounds: int, label: str,
     before: Callable[[int], None] = lambda _: None,
 ) -> None:  # fmt: skip
-    """Every racer on every prompt in turn; the first round warms up and is not counted."""
+    """Every racer on every prompt, a few tokens each in turn.
+
+    A slow spell of the machine is shorter than a text: it takes turns with the racers, and the
+    figure of a prompt is the sum over pieces of TURN tokens of the median of the rounds. The first
+    round of all warms up and is not counted.
+    """
     for index, prompt in enumerate(tqdm(prompts, desc=label, mininterval=5)):
         before(index)
-        least = [float("inf")] * len(racers)
+        found: list[list[list[float]]] = [[] for _ in racers]
         for round_ in range(rounds + (index == 0)):
-            for i, each in enumerate(racers):
-                began = time.thread_time()
-                text = each.run(prompt, index)
-                seconds = time.thread_time() - began
-                if index or round_:
-                    least[i] = min(least[i], seconds)
-                if round_ == rounds - 1:
-                    each.texts.append(text)
-        for each, seconds in zip(racers, least, strict=True):
-            each.seconds.append(seconds)
+            spent: list[list[float]] = [[] for _ in racers]
+            for each in racers:
+                each.start(prompt, index)
+            running = list(range(len(racers)))
+            while running:
+                for i in list(running):
+                    seconds, more = racers[i].advance()
+                    spent[i] += seconds
+                    if not more:
+                        running.remove(i)
+                running = running[1:] + running[:1]  # nobody always follows the same one
+            texts = [each.text() for each in racers]
+            if index or round_:
+                for i, seconds in enumerate(spent):
+                    found[i].append(seconds)
+        for each, rows, text in zip(racers, found, texts, strict=True):
+            length = min(len(row) for row in rows)
+            pieces = range(0, length, TURN)
+            each.seconds.append(
+                sum(median(sum(row[p : min(p + TURN, length)]) for row in rows) for p in pieces)
+            )
+            each.texts.append(text)
 
 
-def outcome(racers: list[Racer]) -> dict[str, Any]:
+def outcome(racers: Sequence[Racer]) -> dict[str, Any]:
     """Speed of each against the first, which decodes plainly; auto against the best fixed."""
     total = {each.name: sum(each.seconds) for each in racers}
     plain = total[racers[0].name]
@@ -153,24 +225,8 @@ def sets(
         ids, wholes = read(name, count, tokenizer)
         draft = broken if name == "random" else small
         for temperature in (0.0,) if name == HELD else (0.0, 1.0):
-            for proposer, lengths in LENGTHS.items():
-                helds: list[HeldRunner] = []
-
-                def target(helds: list[HeldRunner] = helds, name: str = name) -> Any:
-                    if name != HELD:
-                        return big
-                    helds.append(HeldRunner(big))  # each engine needs a runner of its own
-                    return helds[-1]
-
-                how: dict[str, Any] = {"proposer": proposer}
-                if proposer == "draft":
-                    how["draft"] = draft
-                racers = [racer("plain", target(), tokens, temperature)]
-                racers.append(racer("auto", target(), tokens, temperature, **how))
-                racers += [
-                    racer(f"fixed {n}", target(), tokens, temperature, num_draft_tokens=n, **how)
-                    for n in lengths
-                ]
+            for proposer in LENGTHS:
+                helds, racers = field(big, draft, name == HELD, tokens, temperature, proposer)
 
                 def hold(index: int, helds: list[HeldRunner] = helds, wholes: Any = wholes) -> None:
                     for each in helds:
@@ -178,11 +234,36 @@ def sets(
 
                 label = f"{name}, T={temperature:g}, {proposer}"
                 race(racers, ids, rounds, label, hold)
-                if temperature == 0 and any(r.texts != racers[0].texts for r in racers):
+                if any(r.texts != racers[0].texts for r in racers):
                     raise click.ClickException(f"{label}: the texts differ: not lossless")
                 result["sets"][label] = outcome(racers)
                 _show(label, result["sets"][label])
                 _save(out, result)
+
+
+def field(
+    big: Any, draft: Any, is_held: bool, tokens: int, temperature: float, proposer: str
+) -> tuple[list[HeldRunner], list[Racer]]:
+    """Plain decoding, auto and every fixed length, and the runners that are held to a text."""
+    helds: list[HeldRunner] = []
+
+    def racer(name: str, **how: Any) -> Racer:
+        target = big
+        if is_held:  # each engine needs a runner of its own
+            target = HeldRunner(big)
+            helds.append(target)
+        return EngineRacer(name, target, tokens, temperature, **how)
+
+    how: dict[str, Any] = {"proposer": proposer}
+    if temperature:
+        how["verification"] = "gumbel"
+    if proposer == "draft":
+        how["draft"] = draft
+    elif proposer == "suffix":
+        how["proposer_options"] = {"cache_tokens": 0}
+    racers = [racer("plain"), racer("auto", **how)]
+    racers += [racer(f"fixed {n}", num_draft_tokens=n, **how) for n in LENGTHS[proposer]]
+    return helds, racers
 
 
 @main.command()
@@ -193,7 +274,7 @@ def synthetic(dtype: str, count: int, tokens: int, rounds: int, out: Path, share
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("big"))
     big = load("big", DTYPES[dtype])
     ids, _ = read("heldout_code", count, tokenizer)
-    plain = racer("plain", big, tokens, 0.0)
+    plain = EngineRacer("plain", big, tokens, 0.0)
     race([plain], ids, 1, "plain text")
     known = [[*prompt, *text] for prompt, text in zip(ids, plain.texts, strict=True)]
     pass_seconds = share * sum(plain.seconds) / (tokens * len(ids))
@@ -207,10 +288,10 @@ def synthetic(dtype: str, count: int, tokens: int, rounds: int, out: Path, share
             oracle = ContinuationRunner(known, len(tokenizer))
             return SyntheticDraft(oracle, rate, pass_seconds=pass_seconds)
 
-        racers = [racer("plain", big, tokens, 0.0)]
-        racers.append(racer("auto", big, tokens, 0.0, draft=draft()))
+        racers: list[Racer] = [EngineRacer("plain", big, tokens, 0.0)]
+        racers.append(EngineRacer("auto", big, tokens, 0.0, draft=draft()))
         racers += [
-            racer(f"fixed {n}", big, tokens, 0.0, draft=draft(), num_draft_tokens=n)
+            EngineRacer(f"fixed {n}", big, tokens, 0.0, draft=draft(), num_draft_tokens=n)
             for n in (1, 2, 3, 4, 6, 8, 12, 16)
         ]
         label = f"acceptance {rate:g}"
@@ -235,18 +316,17 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
         return helds[-1]
 
     processors = LogitsProcessorList()
-    racers = [
-        racer("plain", held(), tokens, 0.0),
-        racer("auto", held(), tokens, 0.0, proposer="ngram"),
+    racers: list[Racer] = [
+        EngineRacer("plain", held(), tokens, 0.0),
+        EngineRacer("auto", held(), tokens, 0.0, proposer="ngram"),
         *(
-            racer(f"fixed {n}", held(), tokens, 0.0, proposer="ngram", num_draft_tokens=n)
+            EngineRacer(f"fixed {n}", held(), tokens, 0.0, proposer="ngram", num_draft_tokens=n)
             for n in LENGTHS["ngram"]
         ),
     ]
 
-    def transformers(**options: Any) -> Callable[[list[int], int], tuple[int, ...]]:
-        def run(prompt: list[int], seed: int) -> tuple[int, ...]:
-            del seed
+    def transformers(**options: Any) -> Callable[[list[int]], tuple[int, ...]]:
+        def run(prompt: list[int]) -> tuple[int, ...]:
             with torch.no_grad():
                 ids = theirs.generate(
                     torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False,
@@ -256,9 +336,9 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
 
         return run
 
-    racers.append(Racer("transformers", transformers()))
+    racers.append(CallRacer("transformers", transformers()))
     racers += [
-        Racer(
+        CallRacer(
             f"transformers lookup {n}, ngram {size}",
             transformers(prompt_lookup_num_tokens=n, max_matching_ngram_size=size),
         )

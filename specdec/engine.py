@@ -113,13 +113,19 @@ class Engine:
             rule = "gumbel"
         self.verifier = Verifier(self.target, self.group, rule, drafts=self.proposer is not None)
         if self.proposer is not None:
+            if self.proposer.free and self.proposer.law != "point":
+                raise InvalidArgumentError(
+                    f"proposer={self.proposer.name!r} is free and its law {self.proposer.law!r}: "
+                    "expected 'point', as drawn tokens may not be cut"
+                )
             self.proposer.join(self.group, self.target.vocab_size)
             # measured costs of a proposer object are not kept: nobody knows its options
             parts = proposer if isinstance(proposer, (list, tuple)) else [proposer]
             unknown = any(isinstance(part, Proposer) for part in parts)
             named = "" if unknown else repr((*parts, draft_window, options))
             self._profiler = Profiler(self.verifier, self.proposer, self.groups, self.noise, named)
-            self.policy.join(self.proposer, self._profiler)
+            coupled = self.verifier.rule == "gumbel"
+            self.policy.join(self.proposer, self._profiler, lambda s: coupled or s.law.greedy)
         self._divide_memory(_DEFAULT_KV_BYTES if kv_memory is None else kv_memory, grow)
         if release_weights and isinstance(self.target, ModelRunner):
             self.target.release_weights()
@@ -340,7 +346,8 @@ class Engine:
         budgets = [min(pair) for pair in zip(planned, fitting, strict=True)]
         trees = self.proposer.propose(sequences, budgets, self.noise)
         where = self.target.vocab_size, self.target.device
-        return checked(self.proposer, trees, sequences, budgets, *where)
+        trees = checked(self.proposer, trees, sequences, budgets, *where)
+        return self.policy.cut(sequences, trees)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once; what it has generated so far is its output."""

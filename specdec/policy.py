@@ -4,6 +4,7 @@ past steps and measured costs only (contract: nothing drawn in a step decides wh
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from specdec.costs import StepCosts
 from specdec.errors import InvalidArgumentError
@@ -17,16 +18,18 @@ MAX_DRAFT_TOKENS = 255
 POLICIES = ("auto", "constant", "heuristic", "confidence", "cost")
 
 Measure = Callable[[Items[Sequence], int], StepCosts | None]  # for a batch, down to a depth
+Steady = Callable[[Sequence], bool]  # whether its text is the same whatever is drafted
 
 
 class Policy(ABC):
     """Chooses each sequence's draft length for the coming step."""
 
-    def join(self, proposer: Proposer, measure: Measure) -> None:
+    def join(self, proposer: Proposer, measure: Measure, steady: Steady) -> None:
         """Called once, before any sequence. measure gives the costs of a step of these sequences,
-        None where they cannot be measured. Raises InvalidArgumentError for a proposer that the
-        policy cannot lead."""
-        del proposer, measure
+        None where they cannot be measured; steady says of a sequence whether its text is the same
+        whatever is drafted. Raises InvalidArgumentError for a proposer that the policy cannot
+        lead."""
+        del proposer, measure, steady
 
     def prepare(self, sequences: Items[Sequence]) -> None:
         """Called before a step is timed; what takes long once belongs here."""
@@ -36,6 +39,12 @@ class Policy(ABC):
     def plan(self, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
         """Nodes that each sequence may draft; 0 means plain decoding. The engine cuts them to what
         fits. rooms: how deep a draft of each can be."""
+
+    def cut(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> list[TokenTree]:
+        """What of the planned drafts is verified. Only those of a proposer that is `free` may be
+        cut: a drawn token that is dropped would bias the text (contract C3)."""
+        del sequences
+        return list(trees)
 
     def observe(
         self, sequences: Items[Sequence], trees: Items[TokenTree], verdicts: Items[Verdict]
@@ -97,8 +106,8 @@ class ConfidencePolicy(Policy):
         self.threshold = float(threshold)
         self.num_draft_tokens = _checked(num_draft_tokens, least=1)
 
-    def join(self, proposer: Proposer, measure: Measure) -> None:
-        del measure
+    def join(self, proposer: Proposer, measure: Measure, steady: Steady) -> None:
+        del measure, steady
         if not proposer.can_stop:
             raise InvalidArgumentError(
                 f"policy='confidence': proposer={proposer.name!r} cannot stop in the middle of a "
@@ -111,39 +120,61 @@ class ConfidencePolicy(Policy):
         return [self.num_draft_tokens] * len(sequences)
 
 
-# How quickly old steps lose weight; what a rate is taken for before anything was seen, and for how
-# many tries that counts; for how many tries the rate over all depths counts at each; after how many
-# steps without a draft one is tried again, at least, at most, and per step that a try costs.
-_KEEP, _GUESS, _GUESS_WEIGHT, _DEPTH_WEIGHT = 0.985, 0.6, 1.0, 12.0
+# How quickly old tries lose weight, in a sequence and over all; what a rate is taken for before
+# anything was seen; for how many tries a first guess counts, and one from other sequences; for how
+# many the rate over all depths counts at each; after how many steps without a draft one is tried
+# again, at least, at most, and per step that a try costs.
+_KEEP, _KEEP_COMMON, _GUESS = 0.985, 0.998, 0.6
+_GUESS_WEIGHT, _SITUATION_WEIGHT, _COMMON_WEIGHT, _DEPTH_WEIGHT = 2.0, 2.0, 12.0, 12.0
 _FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_EVERYWHERE = -1  # stands for all situations together
+_HIGHEST, _LEAST_REACH = 0.999, 0.01  # a deeper node than that one is not worth a thought
 
 
 class _Rates:
-    """How often a drafted token of each depth was accepted, where the one above it was."""
+    """How often a drafted token of each depth was accepted, where the one above it was, beside a
+    guess at that."""
 
-    __slots__ = ("hits", "tries")
+    __slots__ = ("expected", "hits", "keep", "total", "tries")
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, keep: float) -> None:
         self.tries, self.hits = [0.0] * (depth + 1), [0.0] * (depth + 1)
+        self.total, self.expected = 0.0, 0.0  # hits, seen and guessed
+        self.keep = keep
 
-    def overall(self, guess: float) -> float:
-        """Over all depths, beside a guess."""
-        return (sum(self.hits) + _GUESS_WEIGHT * guess) / (sum(self.tries) + _GUESS_WEIGHT)
+    def ratio(self, weight: float, usual: float = 1.0) -> float:
+        """How much better than guessed; `usual` counts for `weight` expected hits."""
+        return (self.total + weight * usual) / (self.expected + weight)
 
-    def add(self, drafted: int, accepted: int) -> None:
-        tries, hits = self.tries, self.hits
+    def chances(self, guess: Items[float], ratio: float, most: int) -> list[float]:
+        """By depth, from 1 on. What was seen at a depth counts beside what is usual: one bad step
+        at some depth must not keep deeper ones from being tried."""
+        return [
+            min(
+                _HIGHEST, (hits + _DEPTH_WEIGHT * min(1.0, usual * ratio)) / (tries + _DEPTH_WEIGHT)
+            )
+            for hits, tries, usual in zip(
+                self.hits[1 : most + 1], self.tries[1 : most + 1], guess, strict=False
+            )
+        ]
+
+    def add(self, drafted: int, accepted: int, guess: Items[float]) -> None:
+        tries, hits, keep = self.tries, self.hits, self.keep
         last = min(drafted, len(tries) - 1)
         for depth in range(1, min(accepted + 1, last) + 1):
-            tries[depth] = tries[depth] * _KEEP + 1
-            hits[depth] = hits[depth] * _KEEP + (depth <= accepted)
+            tries[depth] = tries[depth] * keep + 1
+            hits[depth] = hits[depth] * keep + (depth <= accepted)
+            self.total = self.total * keep + (depth <= accepted)
+            self.expected = self.expected * keep + guess[depth - 1]
 
 
 @dataclass(slots=True)
 class _Situation:
     rates: _Rates
     idle: int = 0  # steps since the last draft
-    wait: int = _FIRST_WAIT  # idle steps after which one token is tried
+    wait: int = 0  # idle steps after which one token is tried; 0: not known yet
+    trying: bool = False  # the coming step does
 
 
 @dataclass(slots=True)
@@ -151,32 +182,52 @@ class _History:
     """What the drafts of one sequence came to."""
 
     rates: _Rates
+    steady: bool  # its text is the same whatever is drafted
     situations: dict[int, _Situation] = field(default_factory=dict)
     current: int = 0  # the situation of the coming step
     read: int = 0  # tokens that the draft has read
+    # What a chance is taken for by depth, before anything is known of this sequence: from other
+    # sequences in this situation, and from them in any.
+    guess: Items[float] = ()
+    usual: Items[float] = ()
+
+
+@dataclass(slots=True)
+class _Outlook:
+    """A sequence before a step."""
+
+    sequence: Sequence
+    history: _History
+    reach: list[float]  # the probability that the text follows the draft to depth 1, 2, ...
+    sizes: Items[int]  # nodes of a draft, by depth from 0 on
 
 
 class CostPolicy(Policy):
     """The depth that promises most tokens per second: expected tokens of a step over its measured
     seconds (Leviathan et al. 2023, section 3.3, with measured costs and running acceptance).
 
-    Each sequence learns by itself, so equal requests with equal seeds get equal text where costs
-    are known. Where no depth pays it decodes plainly and tries one token from time to time, ever
-    more rarely.
+    Where no depth pays, a sequence decodes plainly and tries one token from time to time, ever
+    more rarely. What costs nothing to draft is drafted first and cut then. A sequence whose text
+    depends on what is drafted (sampled, and not under `gumbel`) learns by itself, so equal
+    requests with equal seeds get equal text where costs are known; the others learn from each
+    other too.
     """
 
     def __init__(self, max_draft_tokens: int | None = None) -> None:
         """max_draft_tokens: nodes at most; None: 16 where a model drafts, else 32."""
         self._limit = None if max_draft_tokens is None else _checked(max_draft_tokens, least=0)
         self._histories: dict[Sequence, _History] = {}
+        self._common: dict[int, _Rates] = {}  # by situation, of all steady sequences
         self._costs: StepCosts | None = None
         self._proposer: Proposer | None = None
         self._measure: Measure | None = None
+        self._steady: Steady = lambda _: False
         self._depth = 0  # the deepest draft
         self._nodes: list[int] = []  # of a draft, by depth
+        self._first_guess: list[float] = []
 
-    def join(self, proposer: Proposer, measure: Measure) -> None:
-        self._proposer, self._measure = proposer, measure
+    def join(self, proposer: Proposer, measure: Measure, steady: Steady) -> None:
+        self._proposer, self._measure, self._steady = proposer, measure, steady
         most = self._limit
         if most is None:
             most = proposer.preferred_nodes or (16 if proposer.draft_rows(1) else 32)
@@ -186,6 +237,7 @@ class CostPolicy(Policy):
                 break
             self._nodes.append(nodes)
         self._depth = len(self._nodes) - 1
+        self._first_guess = [_GUESS] * self._depth
 
     def prepare(self, sequences: Items[Sequence]) -> None:
         assert self._measure is not None, "join first"
@@ -193,128 +245,158 @@ class CostPolicy(Policy):
 
     def plan(self, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
         assert self._proposer is not None, "join first"
-        rises = []
-        for sequence, room in zip(sequences, rooms, strict=True):
-            history = self._histories.get(sequence)
-            if history is None:
-                self._histories[sequence] = history = _History(_Rates(self._depth))
-            history.current = self._proposer.situation(sequence)
-            rises.append(self._reach(history, min(room, self._depth)))
-        if self._costs is None:
-            depths = [min(DEFAULT_DRAFT_TOKENS, len(reach)) for reach in rises]
-        elif len(sequences) == 1:
-            depths = [self._best_alone(self._costs, sequences[0], rises[0])]
+        depths = [min(room, self._depth) for room in rooms]
+        if not self._proposer.free:
+            sizes = self._nodes
+            depths = self._choose(
+                [self._outlook(s, room, sizes) for s, room in zip(sequences, depths, strict=True)]
+            )
+        return [self._nodes[depth] for depth in depths]
+
+    def cut(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> list[TokenTree]:
+        assert self._proposer is not None, "join first"
+        if not self._proposer.free or self._costs is None:
+            return list(trees)
+        pairs = zip(sequences, trees, strict=True)
+        depths = self._choose([self._outlook(s, t.max_depth, _sizes(t)) for s, t in pairs])
+        return [tree.down_to(depth) for tree, depth in zip(trees, depths, strict=True)]
+
+    def _choose(self, outlooks: Items[_Outlook]) -> list[int]:
+        """Each sequence's depth."""
+        costs = self._costs
+        if costs is None:
+            return [min(DEFAULT_DRAFT_TOKENS, len(each.reach)) for each in outlooks]
+        if len(outlooks) == 1:
+            depths = [self._best_alone(costs, outlooks[0])]
         else:
-            depths = self._best_together(self._costs, sequences, rises)
+            depths = self._best_together(costs, outlooks)
         return [
-            self._nodes[self._probed(sequence, depth, len(reach))]
-            for sequence, depth, reach in zip(sequences, depths, rises, strict=True)
+            self._probed(costs, each, depth) for each, depth in zip(outlooks, depths, strict=True)
         ]
 
-    def _reach(self, history: _History, most: int) -> list[float]:
-        """The probability that the text follows the draft to depth 1, 2, ..."""
-        rates = history.rates
-        usual = rates.overall(_GUESS)
+    def _outlook(self, sequence: Sequence, most: int, sizes: Items[int]) -> _Outlook:
+        assert self._proposer is not None
+        history = self._histories.get(sequence)
+        if history is None:
+            history = _History(_Rates(self._depth, _KEEP), self._steady(sequence))
+            self._histories[sequence] = history
+        history.current = self._proposer.situation(sequence)
+        weight = self._guess(history)
+        guess, rates = history.guess, history.rates
+        ratio = rates.ratio(weight)
         here = history.situations.get(history.current)
-        if here is not None and len(history.situations) > 1:
-            rates, usual = here.rates, here.rates.overall(usual)
+        if here is None:
+            here = history.situations[history.current] = _Situation(_Rates(self._depth, _KEEP))
+        if len(history.situations) > 1:
+            rates, ratio = here.rates, here.rates.ratio(_SITUATION_WEIGHT, ratio)
         alive, reach = 1.0, []
-        for depth in range(1, most + 1):
-            # what was seen at this depth, and what is usual: one bad step at some depth must not
-            # keep deeper ones from being tried
-            alive *= (rates.hits[depth] + _DEPTH_WEIGHT * usual) / (
-                rates.tries[depth] + _DEPTH_WEIGHT
-            )
+        for chance in rates.chances(guess, ratio, most):
+            alive *= chance
+            if alive < _LEAST_REACH and reach:
+                break
             reach.append(alive)
-        return reach
+        return _Outlook(sequence, history, reach, sizes)
 
-    def _best_alone(self, costs: StepCosts, sequence: Sequence, reach: list[float]) -> int:
-        context, behind = len(sequence.tokens), self._behind(costs, sequence)
+    def _guess(self, history: _History) -> float:
+        """Sets what other sequences make likely; for how many expected hits it counts."""
+        history.guess = history.usual = self._first_guess
+        if not history.steady or not self._common:
+            return _GUESS_WEIGHT
+        known = self._common[_EVERYWHERE]
+        ratio = known.ratio(_GUESS_WEIGHT)
+        history.guess = history.usual = known.chances(self._first_guess, ratio, self._depth)
+        here = self._common.get(history.current)
+        if here is not None:
+            ratio = here.ratio(_SITUATION_WEIGHT)
+            history.guess = here.chances(history.usual, ratio, self._depth)
+        return _COMMON_WEIGHT
+
+    def _best_alone(self, costs: StepCosts, outlook: _Outlook) -> int:
+        sequence, sizes = outlook.sequence, outlook.sizes
+        context, behind = len(sequence.tokens), self._behind(costs, outlook)
         best, best_rate, expected = 0, 1 / costs.verify_seconds(1, context), 1.0
-        for depth, chance in enumerate(reach, 1):
+        for depth, chance in enumerate(outlook.reach, 1):
             expected += chance
             rate = expected / (
                 behind
-                + costs.draft_seconds(depth, context)
-                + costs.verify_seconds(self._nodes[depth] + 1, context)
+                + self._drafting(costs, depth, context)
+                + costs.verify_seconds(sizes[depth] + 1, context)
             )
             if rate > best_rate:
                 best, best_rate = depth, rate
         return best
 
-    def _best_together(
-        self, costs: StepCosts, sequences: Items[Sequence], rises: Items[list[float]]
-    ) -> list[int]:
+    def _best_together(self, costs: StepCosts, outlooks: Items[_Outlook]) -> list[int]:
         """Levels are drafted for all sequences together, so one depth is chosen; at each, every
         sequence is cut to where its nodes pay at the rate of plain decoding."""
-        count = len(sequences)
-        context = sum(len(s.tokens) for s in sequences) / count
-        behind = sum(self._behind(costs, s) for s in sequences) / count
+        count = len(outlooks)
+        context = sum(len(each.sequence.tokens) for each in outlooks) / count
+        behind = sum(self._behind(costs, each) for each in outlooks) / count
         scale = count / costs.batch  # costs were measured at the next power of two
         plain = scale * costs.verify_seconds(1, context)
         best, best_rate = [0] * count, count / plain
         for depth in (d for d in _TRIED_TOGETHER if d <= self._depth):
-            widest = scale * costs.verify_seconds(self._nodes[depth] + 1, context)
-            per_node = max(0.0, widest - plain) / (count * self._nodes[depth])
-            cuts = [self._worth(reach[:depth], per_node * count / plain) for reach in rises]
-            rows = 1 + sum(self._nodes[cut] for cut in cuts) / count
-            drafting = costs.draft_seconds(max(cuts), context)
+            nodes = sum(each.sizes[min(depth, len(each.reach))] for each in outlooks)
+            widest = scale * costs.verify_seconds(nodes / count + 1, context)
+            per_node = max(0.0, widest - plain) / max(1, nodes)
+            cuts = [_worth(each, depth, per_node * count / plain) for each in outlooks]
+            pairs = list(zip(outlooks, cuts, strict=True))
+            rows = 1 + sum(each.sizes[cut] for each, cut in pairs) / count
+            drafting = self._drafting(costs, max(cuts), context)
             seconds = scale * (behind + drafting + costs.verify_seconds(rows, context))
-            tokens = count + sum(sum(reach[:cut]) for reach, cut in zip(rises, cuts, strict=True))
+            tokens = count + sum(sum(each.reach[:cut]) for each, cut in pairs)
             if tokens / seconds > best_rate:
                 best, best_rate = cuts, tokens / seconds
         return best
 
-    def _worth(self, reach: list[float], least: float) -> int:
-        """How deep each further level adds at least this many tokens per node."""
-        depth = 0
-        for chance in reach:
-            if chance < least * (self._nodes[depth + 1] - self._nodes[depth]):
-                break
-            depth += 1
-        return depth
+    def _drafting(self, costs: StepCosts, depth: int, context: float) -> float:
+        """Seconds of a draft of this depth that are still to be spent."""
+        assert self._proposer is not None
+        return 0.0 if self._proposer.free else costs.draft_seconds(depth, context)
 
-    def _behind(self, costs: StepCosts, sequence: Sequence) -> float:
+    def _behind(self, costs: StepCosts, outlook: _Outlook) -> float:
         """Seconds that the draft needs to read what it missed; they serve the steps to come."""
-        missing = len(sequence.tokens) - self._histories[sequence].read
+        sequence = outlook.sequence
+        missing = len(sequence.tokens) - outlook.history.read
         if missing <= 2:
             return 0.0
         steps = max(1, min(sequence.remaining // 2, missing, 32))
         return costs.catch_up * missing / steps
 
-    def _probed(self, sequence: Sequence, depth: int, most: int) -> int:
+    def _probed(self, costs: StepCosts, outlook: _Outlook, depth: int) -> int:
         """The depth, or 1 where it was 0 for long enough and a better draft could pay."""
-        history = self._histories[sequence]
-        here = history.situations.get(history.current)
-        if here is None:
-            here = history.situations[history.current] = _Situation(_Rates(self._depth))
-            here.wait = self._first_wait(sequence)
-        if depth > 0:
-            here.idle, here.wait = 0, self._first_wait(sequence)
-        elif most > 0:
+        history = outlook.history
+        here = history.situations[history.current]
+        here.trying = False
+        if depth > 0 or not here.wait:
+            here.idle, here.wait = 0, self._first_wait(costs, outlook)
+        if depth == 0 and outlook.reach:
             here.idle += 1
             if here.idle >= here.wait:
                 here.idle, here.wait = 0, min(2 * here.wait, _LONGEST_WAIT)
-                return int(self._could_pay(sequence, most))
+                here.trying = self._could_pay(costs, outlook)
+                return int(here.trying)
         return depth
 
-    def _first_wait(self, sequence: Sequence) -> int:
+    def _first_wait(self, costs: StepCosts, outlook: _Outlook) -> int:
         """Steps after which a token is tried: the more a try costs, the later."""
-        costs, context = self._costs, len(sequence.tokens)
-        if costs is None or not self._depth:
+        if not outlook.reach:
             return _FIRST_WAIT
+        context = len(outlook.sequence.tokens)
         plain = costs.verify_seconds(1, context)
-        tried = costs.draft_seconds(1, context) + costs.verify_seconds(self._nodes[1] + 1, context)
+        tried = self._drafting(costs, 1, context) + costs.verify_seconds(
+            outlook.sizes[1] + 1, context
+        )
         return max(_FIRST_WAIT, min(int(_TRIAL_STEPS * (tried / plain - 1)), _LONGEST_WAIT))
 
-    def _could_pay(self, sequence: Sequence, most: int) -> bool:
+    def _could_pay(self, costs: StepCosts, outlook: _Outlook) -> bool:
         """Whether a draft that is always accepted would be quicker than plain decoding."""
-        costs, context = self._costs, len(sequence.tokens)
-        return costs is None or any(
+        context, sizes = len(outlook.sequence.tokens), outlook.sizes
+        return any(
             (depth + 1) * costs.verify_seconds(1, context)
-            > costs.draft_seconds(depth, context)
-            + costs.verify_seconds(self._nodes[depth] + 1, context)
-            for depth in range(1, most + 1)
+            > self._drafting(costs, depth, context)
+            + costs.verify_seconds(sizes[depth] + 1, context)
+            for depth in range(1, min(len(sizes) - 1, self._depth) + 1)
         )
 
     def observe(
@@ -324,14 +406,45 @@ class CostPolicy(Policy):
             if not len(tree):
                 continue
             history = self._histories[sequence]
-            depth = tree.max_depth
-            history.rates.add(depth, verdict.accepted)
-            history.situations[history.current].rates.add(depth, verdict.accepted)
+            depth, accepted = tree.max_depth, verdict.accepted
+            here = history.situations[history.current]
+            for rates in (history.rates, here.rates):
+                rates.add(depth, accepted, history.guess)
+            if here.trying and accepted:  # again at once
+                here.idle = here.wait = max(_FIRST_WAIT, here.wait // 2)
+            if history.steady:
+                self._shared(_EVERYWHERE).add(depth, accepted, self._first_guess)
+                self._shared(history.current).add(depth, accepted, history.usual)
             # called before the verdict's tokens are appended; a draft does not read its last token
-            history.read = len(sequence.tokens) + min(verdict.accepted, depth - 1)
+            history.read = len(sequence.tokens) + min(accepted, depth - 1)
+
+    def _shared(self, situation: int) -> _Rates:
+        found = self._common.get(situation)
+        if found is None:
+            self._common[situation] = found = _Rates(self._depth, _KEEP_COMMON)
+        return found
 
     def forget(self, sequence: Sequence) -> None:
         self._histories.pop(sequence, None)
+
+
+def _worth(outlook: _Outlook, most: int, least: float) -> int:
+    """How deep each further level adds at least this many tokens per node."""
+    sizes = outlook.sizes
+    for depth, chance in enumerate(outlook.reach[:most]):
+        if chance < least * (sizes[depth + 1] - sizes[depth]):
+            return depth
+    return min(most, len(outlook.reach))
+
+
+def _sizes(tree: TokenTree) -> Items[int]:
+    """Nodes down to each depth, from 0 on."""
+    if tree.is_chain:
+        return range(len(tree) + 1)
+    counts = [0] * (tree.max_depth + 1)
+    for depth in tree.depths:
+        counts[depth] += 1
+    return list(accumulate(counts))
 
 
 def _checked(number: object, *, least: int) -> int:

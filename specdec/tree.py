@@ -162,6 +162,18 @@ class TokenTree:
     def is_chain(self) -> bool:
         return self.parents == chain_parents(len(self.parents))
 
+    def down_to(self, depth: int) -> "TokenTree":
+        """The nodes down to a depth, of a tree without laws: nothing in it was drawn."""
+        assert self.laws is None, "a drawn token may not be dropped"
+        assert self.draws is None, "a drawn token may not be dropped"
+        if depth >= self.max_depth:
+            return self
+        if self.is_chain:
+            return TokenTree(self.tokens[:depth], chain_parents(depth))
+        kept = [node for node, its in enumerate(self.depths) if its <= depth]
+        place = {-1: -1, **{node: i for i, node in enumerate(kept)}}
+        return TokenTree(self.tokens[kept], tuple(place[self.parents[node]] for node in kept))
+
     def ancestor_mask(self) -> Tensor:
         """(N, N) bool: row i sees column j when j is i or an ancestor of i."""
         mask = torch.eye(len(self), dtype=torch.bool)

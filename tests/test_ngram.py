@@ -295,3 +295,21 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
     with pytest.raises(InvalidArgumentError) as caught:
         NgramProposer(**options)
     assert str(caught.value) == message
+
+
+def test_situation_tells_long_copies_from_short_ones() -> None:
+    its, proposer = sequence([1, 2, 3, 4, 5, 6, 7, 8, 9]), NgramProposer(max_ngram=3)
+    proposer.start(its)
+    found = []
+    for token in (1, 2, 3, 4, 5, 6, 7, 8, 50):
+        its.tokens.append(token)
+        found.append(proposer.situation(its))
+    # the whole match is 1, 2, .. 8 tokens, then none
+    assert found == [1, 2, 3, 3 + 1, 3 + 2, 3 + 2, 3 + 3, 3 + 3, 0]
+    proposer.finish(its)
+
+
+def test_match_goes_back_to_the_start_of_the_text_at_most() -> None:
+    its, proposer = sequence([4, 4, 4, 4]), NgramProposer(max_ngram=2)
+    proposer.start(its)
+    assert proposer.situation(its) == 2 + 1  # the last three tokens occurred before

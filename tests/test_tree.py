@@ -174,3 +174,18 @@ def test_ranks_along_a_path_count_draws() -> None:
     assert tree.ranks([0]) == ((3, 2),)  # a leaf: nothing was drawn below it
     assert tree.ranks([1, 2]) == ((3, 1), (1, 1))
     assert tree.ranks([1]) == ((3, 1), (1, 0))
+
+
+def test_down_to_keeps_whole_levels() -> None:
+    tree = TokenTree.build([1, 2, 3, 4, 5], [-1, 0, 1, -1, 3])
+    cut = tree.down_to(1)
+    assert (cut.tokens.tolist(), cut.parents) == ([1, 4], (-1, -1))
+    cut = tree.down_to(2)
+    assert (cut.tokens.tolist(), cut.parents) == ([1, 2, 4, 5], (-1, 0, -1, 2))
+    assert tree.down_to(3) is tree
+    assert len(tree.down_to(0)) == 0
+    chain = TokenTree.build([7, 8, 9], [-1, 0, 1]).down_to(2)
+    assert (chain.tokens.tolist(), chain.parents) == ([7, 8], (-1, 0))
+    drawn = TokenTree.build([1], [-1], None, torch.full((1, 2), 0.5))
+    with pytest.raises(AssertionError, match="drawn"):
+        drawn.down_to(0)

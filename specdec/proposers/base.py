@@ -23,6 +23,9 @@ class Proposer(ABC):
     name: ClassVar[str]  # what wrap(proposer=...) calls it
     needs_draft: ClassVar[bool] = False
     can_stop: ClassVar[bool] = False  # whether it honours stop_below
+    # Its drafts cost next to nothing and are `point`: an adaptive policy lets it draft all it would
+    # and then decides what of it is verified, so observe() may see the verdict of a shorter tree.
+    free: ClassVar[bool] = False
     stop_below: float = 0.0  # a drafted token that was less likely than this is kept as the last
     law: Literal["point", "sampled", "coupled"]
 

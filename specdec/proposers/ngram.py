@@ -31,6 +31,7 @@ class NgramProposer(Proposer):
 
     name = "ngram"
     law = "point"
+    free = True
 
     def __init__(
         self, *, max_ngram: int = 4, min_ngram: int = 1, occurrence: Occurrence = "latest",
@@ -66,10 +67,14 @@ class NgramProposer(Proposer):
         self._indexes[sequence] = index
 
     def situation(self, sequence: Sequence) -> int:
-        """The length of the match, 0 where there is none."""
+        """The length of the match, 0 where there is none; where it is longer than max_ngram, the
+        bits of how much longer on top: a long copy goes on for longer."""
         index = self._indexes[sequence]
         index.extend(sequence.tokens)
-        return index.match
+        length = index.match
+        if length < self.max_ngram:
+            return length
+        return length + index.further(sequence.tokens, length).bit_length()
 
     def propose(
         self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
@@ -152,6 +157,16 @@ class NgramIndex:
             if self._starts[self._active[length]]:
                 return length
         return 0
+
+    def further(self, tokens: list[int], length: int) -> int:
+        """By how many tokens, up to MAX_NGRAM, the match of this length goes on backwards."""
+        start = self._starts[self._active[length]][0] - 1 - length
+        end = len(tokens) - 1 - length
+        most = min(start + 1, MAX_NGRAM)
+        same = 0
+        while same < most and tokens[start - same] == tokens[end - same]:
+            same += 1
+        return same
 
     def continuations(self, tokens: list[int], budget: int) -> list[list[int]]:
         """At most `branches` continuations of the text that was read, best first, of at most

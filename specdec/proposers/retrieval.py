@@ -35,6 +35,7 @@ class RetrievalProposer(Proposer):
 
     name = "retrieval"
     law = "point"
+    free = True
 
     def __init__(
         self, *, index: str | os.PathLike[str], max_match: int = 16, min_match: int = 2,

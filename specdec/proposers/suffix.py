@@ -42,6 +42,7 @@ class SuffixProposer(Proposer):
 
     name = "suffix"
     law = "point"
+    free = True
 
     def __init__(
         self, *, mode: Mode = "path", max_depth: int = 64, min_token_prob: float = 0.1,
