@@ -289,9 +289,8 @@ def test_free_draft_is_made_first_and_then_cut() -> None:
     assert copier_step(policy, sequence, 3, whole) == 3
     assert copier_step(policy, sequence, 0, whole) == 0
     sequence = Seq()
-    for _ in range(40):
-        copier_step(policy, sequence, 12, one)
-    assert copier_step(policy, sequence, 12, one) == 1
+    lengths = [copier_step(policy, sequence, 12, one) for _ in range(60)]
+    assert sum(lengths[40:]) < 1.3 * 20  # a second token is tried at times
 
 
 def test_branches_of_a_free_draft_count_as_rows() -> None:
