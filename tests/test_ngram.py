@@ -187,7 +187,9 @@ def test_memory_is_linear_in_the_context() -> None:
 
 
 def engine_of(target: Model, **options: Any) -> Engine:
-    return Engine(target, proposer="ngram", proposer_options=options, kv_memory=KV)
+    return Engine(
+        target, proposer="ngram", proposer_options=options, policy="constant", kv_memory=KV
+    )
 
 
 def outputs(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[Any]:
@@ -217,7 +219,7 @@ def test_sampled_output_follows_the_target_s_law(make_llama: Callable[..., Model
     # Tokens 3 and 4 after a prompt that repeats itself, against the exact law of the pairs.
     model = make_llama(5, seed=3, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     prompt, runs = [1, 2, 1, 2, 1], 1000
-    engine = Engine(model, proposer=NgramProposer(branches=2), kv_memory=1 << 24)
+    engine = Engine(model, proposer=NgramProposer(branches=2), policy="constant", kv_memory=1 << 24)
     params = SamplingParams(max_new_tokens=3)
     engine.add_request(prompt, params, n=runs, seed=0)
     counts = torch.zeros(5, 5, 5)

@@ -445,7 +445,7 @@ def test_sampled_output_follows_the_target_s_law(make_llama: Callable[..., Model
     model = make_llama(5, seed=3, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     prompt, runs = [1, 2, 1, 2, 1], 1000
     proposer = SuffixProposer(mode="tree", max_spec_offset=2)
-    engine = Engine(model, proposer=proposer, kv_memory=1 << 24)
+    engine = Engine(model, proposer=proposer, policy="constant", kv_memory=1 << 24)
     counts = torch.zeros(5, 5, 5)
     drafted = accepted = 0
     for half in range(2):  # the second half drafts from the past of the first
@@ -473,7 +473,7 @@ def test_sampled_output_follows_the_target_s_law(make_llama: Callable[..., Model
 
 def test_a_sequence_that_ends_leaves_its_output_only(target: Model) -> None:
     proposer = SuffixProposer()
-    engine = Engine(target, proposer=proposer, kv_memory=KV)
+    engine = Engine(target, proposer=proposer, policy="constant", kv_memory=KV)
     params = SamplingParams(max_new_tokens=20, temperature=0)
     stays, leaves = (engine.add_request(prompt, params) for prompt in PROMPTS[:2])
     engine.step()
