@@ -128,8 +128,11 @@ _KEEP, _KEEP_COMMON, _GUESS = 0.985, 0.998, 0.6
 _GUESS_WEIGHT, _SITUATION_WEIGHT, _COMMON_WEIGHT, _DEPTH_WEIGHT = 2.0, 2.0, 12.0, 12.0
 _FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_GUESSES_HOLD = 8  # drafts for which what is known of all sequences is not looked at anew
+_FURTHER = 4  # levels behind the best one that are looked at
+_NEAR = 64  # tokens of context that costs are looked up for together
 _EVERYWHERE = -1  # stands for all situations together
-_HIGHEST, _LEAST_REACH = 0.999, 0.01  # a deeper node than that one is not worth a thought
+_HIGHEST, _LEAST_REACH = 0.999, 0.03  # a node below that one is not worth a thought
 
 
 class _Rates:
@@ -148,25 +151,37 @@ class _Rates:
         return (self.total + weight * usual) / (self.expected + weight)
 
     def chances(self, guess: Items[float], ratio: float, most: int) -> list[float]:
-        """By depth, from 1 on. What was seen at a depth counts beside what is usual: one bad step
-        at some depth must not keep deeper ones from being tried."""
-        return [
-            min(
-                _HIGHEST, (hits + _DEPTH_WEIGHT * min(1.0, usual * ratio)) / (tries + _DEPTH_WEIGHT)
-            )
-            for hits, tries, usual in zip(
-                self.hits[1 : most + 1], self.tries[1 : most + 1], guess, strict=False
-            )
-        ]
+        """By depth, from 1 to most. What was seen at a depth counts beside what is usual: one bad
+        step at some depth must not keep deeper ones from being tried."""
+        hits, tries, found = self.hits, self.tries, []
+        for depth in range(1, most + 1):
+            usual = min(1.0, guess[depth - 1] * ratio)
+            chance = (hits[depth] + _DEPTH_WEIGHT * usual) / (tries[depth] + _DEPTH_WEIGHT)
+            found.append(min(_HIGHEST, chance))
+        return found
+
+    def reach(self, guess: Items[float], ratio: float, most: int) -> list[float]:
+        """The probability that the text follows the draft to depth 1, 2, ..., as far as that is
+        worth a thought."""
+        hits, tries, found, alive = self.hits, self.tries, [], 1.0
+        for depth in range(1, most + 1):  # as chances(), which a step has no time for
+            usual = min(1.0, guess[depth - 1] * ratio)
+            alive *= (hits[depth] + _DEPTH_WEIGHT * usual) / (tries[depth] + _DEPTH_WEIGHT)
+            found.append(alive)
+            if alive < _LEAST_REACH:
+                break
+        return found
 
     def add(self, drafted: int, accepted: int, guess: Items[float]) -> None:
         tries, hits, keep = self.tries, self.hits, self.keep
-        last = min(drafted, len(tries) - 1)
-        for depth in range(1, min(accepted + 1, last) + 1):
+        total, expected = self.total, self.expected
+        for depth in range(1, min(accepted + 1, drafted, len(tries) - 1) + 1):
+            hit = depth <= accepted
             tries[depth] = tries[depth] * keep + 1
-            hits[depth] = hits[depth] * keep + (depth <= accepted)
-            self.total = self.total * keep + (depth <= accepted)
-            self.expected = self.expected * keep + guess[depth - 1]
+            hits[depth] = hits[depth] * keep + hit
+            total = total * keep + hit
+            expected = expected * keep + guess[depth - 1]
+        self.total, self.expected = total, expected
 
 
 @dataclass(slots=True)
@@ -218,7 +233,10 @@ class CostPolicy(Policy):
         self._limit = None if max_draft_tokens is None else _checked(max_draft_tokens, least=0)
         self._histories: dict[Sequence, _History] = {}
         self._common: dict[int, _Rates] = {}  # by situation, of all steady sequences
+        self._guesses: dict[int, tuple[list[float], list[float]]] = {}  # made from it
+        self._learnt = 0  # drafts since they were made
         self._costs: StepCosts | None = None
+        self._seconds: dict[int, tuple[list[float], list[float]]] = {}  # by context
         self._proposer: Proposer | None = None
         self._measure: Measure | None = None
         self._steady: Steady = lambda _: False
@@ -241,7 +259,10 @@ class CostPolicy(Policy):
 
     def prepare(self, sequences: Items[Sequence]) -> None:
         assert self._measure is not None, "join first"
-        self._costs = self._measure(sequences, self._depth) if self._depth else None
+        costs = self._measure(sequences, self._depth) if self._depth else None
+        if costs is not self._costs:
+            self._costs = costs
+            self._seconds.clear()
 
     def plan(self, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
         assert self._proposer is not None, "join first"
@@ -289,42 +310,52 @@ class CostPolicy(Policy):
             here = history.situations[history.current] = _Situation(_Rates(self._depth, _KEEP))
         if len(history.situations) > 1:
             rates, ratio = here.rates, here.rates.ratio(_SITUATION_WEIGHT, ratio)
-        alive, reach = 1.0, []
-        for chance in rates.chances(guess, ratio, most):
-            alive *= chance
-            if alive < _LEAST_REACH and reach:
-                break
-            reach.append(alive)
-        return _Outlook(sequence, history, reach, sizes)
+        return _Outlook(sequence, history, rates.reach(guess, ratio, most), sizes)
 
     def _guess(self, history: _History) -> float:
         """Sets what other sequences make likely; for how many expected hits it counts."""
-        history.guess = history.usual = self._first_guess
         if not history.steady or not self._common:
+            history.guess = history.usual = self._first_guess
             return _GUESS_WEIGHT
-        known = self._common[_EVERYWHERE]
-        ratio = known.ratio(_GUESS_WEIGHT)
-        history.guess = history.usual = known.chances(self._first_guess, ratio, self._depth)
-        here = self._common.get(history.current)
-        if here is not None:
-            ratio = here.ratio(_SITUATION_WEIGHT)
-            history.guess = here.chances(history.usual, ratio, self._depth)
+        known = self._guesses.get(history.current)
+        if known is None:
+            everywhere = self._common[_EVERYWHERE]
+            ratio = everywhere.ratio(_GUESS_WEIGHT)
+            usual = everywhere.chances(self._first_guess, ratio, self._depth)
+            here = self._common.get(history.current)
+            guess = usual
+            if here is not None:
+                guess = here.chances(usual, here.ratio(_SITUATION_WEIGHT), self._depth)
+            self._guesses[history.current] = known = guess, usual
+        history.guess, history.usual = known
         return _COMMON_WEIGHT
 
     def _best_alone(self, costs: StepCosts, outlook: _Outlook) -> int:
-        sequence, sizes = outlook.sequence, outlook.sizes
-        context, behind = len(sequence.tokens), self._behind(costs, outlook)
-        best, best_rate, expected = 0, 1 / costs.verify_seconds(1, context), 1.0
+        sizes, behind = outlook.sizes, self._behind(costs, outlook)
+        draft, verify = self._tables(costs, len(outlook.sequence.tokens))
+        best, best_rate, expected = 0, 1 / verify[1], 1.0
         for depth, chance in enumerate(outlook.reach, 1):
             expected += chance
-            rate = expected / (
-                behind
-                + self._drafting(costs, depth, context)
-                + costs.verify_seconds(sizes[depth] + 1, context)
-            )
+            rate = expected / (behind + draft[depth] + verify[sizes[depth] + 1])
             if rate > best_rate:
                 best, best_rate = depth, rate
+            elif depth > best + _FURTHER:
+                break
         return best
+
+    def _tables(self, costs: StepCosts, context: int) -> tuple[list[float], list[float]]:
+        """Seconds of a draft by depth and of a pass by rows, near this context."""
+        place = context // _NEAR
+        known = self._seconds.get(place)
+        if known is None:
+            middle = (place + 0.5) * _NEAR
+            rows = range(MAX_DRAFT_TOKENS + 2)
+            known = (
+                [self._drafting(costs, depth, middle) for depth in range(self._depth + 1)],
+                [costs.verify_seconds(max(1, n), middle) for n in rows],
+            )
+            self._seconds[place] = known
+        return known
 
     def _best_together(self, costs: StepCosts, outlooks: Items[_Outlook]) -> list[int]:
         """Levels are drafted for all sequences together, so one depth is chosen; at each, every
@@ -415,6 +446,10 @@ class CostPolicy(Policy):
             if history.steady:
                 self._shared(_EVERYWHERE).add(depth, accepted, self._first_guess)
                 self._shared(history.current).add(depth, accepted, history.usual)
+                self._learnt += 1
+                if self._learnt >= _GUESSES_HOLD:
+                    self._learnt = 0
+                    self._guesses.clear()
             # called before the verdict's tokens are appended; a draft does not read its last token
             history.read = len(sequence.tokens) + min(accepted, depth - 1)
 

@@ -248,11 +248,19 @@ class Profiler:
         self._parts = verifier, proposer, noise
         self._groups, self._options = groups, options
         self._known: dict[tuple[int, str, int], StepCosts] = {}
+        self._asked: tuple[Law, int, int] | None = None  # last
+        self._answer: StepCosts | None = None
 
     def __call__(self, sequences: Items[Sequence], max_depth: int) -> StepCosts | None:
         """Costs of a step of this many sequences, sampled like these; as costs()."""
-        law = next((s.law for s in sequences if not s.law.greedy), sequences[0].law)
-        return self.costs(law, len(sequences), max_depth)
+        law = sequences[0].law
+        if law.greedy and len(sequences) > 1:
+            law = next((s.law for s in sequences if not s.law.greedy), law)
+        asked = (law, len(sequences), max_depth)
+        if asked != self._asked:  # laws are compared by identity
+            self._answer = self.costs(*asked)
+            self._asked = asked
+        return self._answer
 
     def costs(self, law: Law, batch: int, max_depth: int) -> StepCosts | None:
         """Costs of a step of a batch, rounded up to a power of two, sampled by this law, down to a
