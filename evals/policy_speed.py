@@ -100,7 +100,9 @@ class CallRacer(Racer):
 
     def __init__(self, name: str, run: Callable[[list[int]], tuple[int, ...]]) -> None:
         super().__init__(name)
-        self._run, self._prompt, self._text = run, [0], (0,)
+        self._run = run
+        self._prompt: list[int] = []
+        self._text: tuple[int, ...] = ()
 
     def start(self, prompt: list[int], seed: int) -> None:
         del seed
@@ -128,6 +130,7 @@ def race(
     for index, prompt in enumerate(tqdm(prompts, desc=label, mininterval=5)):
         before(index)
         found: list[list[list[float]]] = [[] for _ in racers]
+        texts: list[tuple[int, ...]] = []
         for round_ in range(rounds + (index == 0)):
             spent: list[list[float]] = [[] for _ in racers]
             for each in racers:
