@@ -49,6 +49,9 @@ class Racer(ABC):
         self.name = name
         self.seconds: list[float] = []  # per prompt
         self.texts: list[tuple[int, ...]] = []
+        self.begun = 0  # tokens of the step that also read the prompt; 0: not known
+        self.begin_seconds: list[float] = []
+        self.begin_tokens: list[int] = []
 
     @abstractmethod
     def start(self, prompt: list[int], seed: int) -> None:
@@ -75,7 +78,7 @@ class EngineRacer(Racer):
     def start(self, prompt: list[int], seed: int) -> None:
         began = time.thread_time()
         self.engine.add_request(prompt, self._params, seed=seed)
-        self._admission = time.thread_time() - began
+        self._admission, self.begun = time.thread_time() - began, 0
 
     def advance(self) -> tuple[list[float], bool]:
         each: list[float] = []
@@ -85,6 +88,7 @@ class EngineRacer(Racer):
             [record] = self.engine.step()
             spent += time.thread_time() - began
             each += [spent / len(record.tokens)] * len(record.tokens)
+            self.begun = self.begun or len(record.tokens)
             spent = 0.0
             if record.finish_reason is not None:
                 return each, False
@@ -153,21 +157,33 @@ def race(
             each.seconds.append(
                 sum(median(sum(row[p : min(p + TURN, length)]) for row in rows) for p in pieces)
             )
+            each.begin_seconds.append(median(sum(row[: each.begun]) for row in rows))
+            each.begin_tokens.append(each.begun)
             each.texts.append(text)
 
 
 def outcome(racers: Sequence[Racer]) -> dict[str, Any]:
-    """Speed of each against the first, which decodes plainly; auto against the best fixed."""
+    """Speed of each against the first, which decodes plainly; auto against the best fixed. A speed
+    counts everything, that of decoding all but the step that reads the prompt."""
     total = {each.name: sum(each.seconds) for each in racers}
     plain = total[racers[0].name]
     fixed = {name: s for name, s in total.items() if name.startswith("fixed")}
     best = min({racers[0].name: plain, **fixed}.items(), key=lambda item: item[1])
     return {
         "speed against plain": {name: plain / seconds for name, seconds in total.items()},
+        "decoding against plain": {
+            each.name: _decoding(each) / _decoding(racers[0]) for each in racers if each.begun
+        },
         "best fixed": best[0],
         "auto against best fixed": best[1] / total["auto"],
         "seconds": {each.name: each.seconds for each in racers},
     }
+
+
+def _decoding(racer: Racer) -> float:
+    """Tokens per second."""
+    tokens = sum(len(text) for text in racer.texts) - sum(racer.begin_tokens)
+    return tokens / (sum(racer.seconds) - sum(racer.begin_seconds))
 
 
 def read(name: str, count: int, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
@@ -370,7 +386,9 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
 
 def _show(label: str, found: dict[str, Any]) -> None:
     speed = ", ".join(f"{name} {x:.2f}" for name, x in found["speed against plain"].items())
-    click.echo(f"{label}: {speed}; auto / best fixed {found['auto against best fixed']:.3f}")
+    decoding = found["decoding against plain"]["auto"]
+    ratio = found["auto against best fixed"]
+    click.echo(f"{label}: {speed}; auto / best fixed {ratio:.3f}; auto, decoding {decoding:.2f}")
 
 
 def _save(out: Path, result: dict[str, Any]) -> None:
