@@ -38,6 +38,7 @@ from specdec.evals.prompts import Prompt
 from specdec.evals.provenance import model_facts
 from specdec.evals.random_models import NAMES, random_model, random_prompts
 from specdec.evals.spec_bench import write_answers
+from specdec.evals.trace import TRACES, write_traces
 from specdec.sampling import SamplingParams
 
 
@@ -140,6 +141,10 @@ def _speculations(
     "--spec-bench", "answers", type=click.Path(file_okay=False, path_type=Path),
     help="Write answer files for Spec-Bench's scoring scripts into this folder.",
 )  # fmt: skip
+@click.option(
+    "--trace", "traced", is_flag=True,
+    help="Keep who proposed each token of the first prompt, for specdec report; needs --out.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def bench(
     target: str, draft: str | None, no_draft: bool, speculations: tuple[Speculation, ...],
@@ -148,7 +153,7 @@ def bench(
     max_new_tokens: int, ignore_eos: bool, chat: bool | None, temperature: float, top_k: int,
     top_p: float, rounds: int, seed: int, verification: str, acceptance: float | None,
     cost: float, shape: str | None, prompt_tokens: int, dtype: str, device: str | None,
-    threads: int | None, out: Path | None, answers: Path | None, as_json: bool,
+    threads: int | None, out: Path | None, answers: Path | None, traced: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure speed: plain decoding, what drafts, and transformers' own, in turn in one process.
 
@@ -157,8 +162,7 @@ def bench(
     80th percentile over prompts and rounds.
     """
     _check_flags(draft, no_draft, acceptance, shape, temperature, answers, chat, speculations)
-    if answers is not None and answers.exists() and any(answers.iterdir()):
-        raise InvalidArgumentError(f"--spec-bench {answers}: it is not empty; name a new folder")
+    _check_folders(out, answers, traced)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(where)
     if threads is not None:
@@ -175,8 +179,7 @@ def bench(
         tasks = _tasks(sources, column, limit, dialogue, models.target, max_new_tokens)
     if not speculations:
         speculations = _defaults(models, acceptance, shape)
-    if any("retrieval" in each.members for each in speculations):
-        options["retrieval"] = {"tokenizer": tokenizer, **options.get("retrieval", {})}
+    options = _with_tokenizer(options, speculations, tokenizer)
     wanted = Wanted(
         speculations, not no_transformers, assistant_tokens, lookup_tokens, verification, options
     )
@@ -210,12 +213,26 @@ def bench(
     if answers is not None:
         assert isinstance(dialogue, Dialogue)
         write_answers(answers, Path(target).name, summary, folder.records, tasks, dialogue)
+    if traced and out is not None:
+        write_traces(out / TRACES, rows, tasks, dialogue, tokenizer, sampling, seed)
+    _report(summary, as_json)
+
+
+def _report(summary: dict[str, Any], as_json: bool) -> None:
+    """Prints; ends the command where a row of ours is not lossless."""
     if as_json:
         click.echo(json.dumps(summary))
     else:
         _show(summary)
     if any(row["ours"] and not row["lossless"]["passed"] for row in summary["rows"]):
         sys.exit(1)
+
+
+def _check_folders(out: Path | None, answers: Path | None, traced: bool) -> None:
+    if traced and out is None:
+        raise InvalidArgumentError("--trace: expected --out FOLDER, where the trace is kept")
+    if answers is not None and answers.exists() and any(answers.iterdir()):
+        raise InvalidArgumentError(f"--spec-bench {answers}: it is not empty; name a new folder")
 
 
 def _check_flags(
@@ -274,6 +291,15 @@ def _load(
         model, copy.deepcopy(model), small, copy.deepcopy(small), tokenizers=tokenizers or None
     )
     return both, names, tokenizer
+
+
+def _with_tokenizer(
+    options: dict[str, dict[str, Any]], speculations: Sequence[Speculation], tokenizer: Any
+) -> dict[str, dict[str, Any]]:
+    """retrieval checks its index against the target's tokenizer."""
+    if not any("retrieval" in each.members for each in speculations):
+        return options
+    return {**options, "retrieval": {"tokenizer": tokenizer, **options.get("retrieval", {})}}
 
 
 def _ends(model: Any, tokenizer: Any) -> tuple[int, ...]:

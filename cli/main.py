@@ -12,6 +12,7 @@ from specdec.cli.bench import bench
 from specdec.cli.eval import evaluate
 from specdec.cli.generate import generate
 from specdec.cli.index import index
+from specdec.cli.report import report
 from specdec.cli.tune import tune
 from specdec.cli.verify import verify
 from specdec.errors import InvalidArgumentError, SpecDecError
@@ -68,6 +69,7 @@ def main() -> None:
 main.add_command(generate)
 main.add_command(bench)
 main.add_command(evaluate)
+main.add_command(report)
 main.add_command(tune)
 main.add_command(verify)
 main.add_command(index)

@@ -15,6 +15,7 @@ from typing import Any
 from specdec.engine import Engine
 from specdec.errors import InvalidArgumentError
 from specdec.optimal import fastest_shape
+from specdec.proposers import SuffixProposer
 from specdec.sampling import SamplingParams
 from specdec.stats import RunStats
 
@@ -115,8 +116,12 @@ class Tuner:
 
     def _engine(self, setting: Setting) -> Engine:
         if not setting.uses_draft:
-            return Engine(self.target, grow=True, **setting.arguments)
-        arguments: dict[str, Any] = {"draft": self.draft, **setting.arguments}
+            arguments = dict(setting.arguments)
+            if arguments.get("proposer") == SuffixProposer.name:
+                # rounds repeat prompts: remembering their answers would be no draft
+                arguments["proposer_options"] = {"cache_tokens": 0}
+            return Engine(self.target, grow=True, **arguments)
+        arguments = {"draft": self.draft, **setting.arguments}
         if self.tokenizers:
             arguments["proposer_options"] = self.tokenizers
         return Engine(self.target, grow=True, **arguments)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from specdec.errors import InvalidArgumentError
-from specdec.evals import check_results
+from specdec.evals.check_results import main as check
 from specdec.evals.markdown import table
 from specdec.evals.results_page import page
 from specdec.evals.results_sections import SECTIONS, bench
@@ -65,15 +65,15 @@ def test_the_check_fails_on_a_stale_page_and_writes_a_fresh_one(
     root = results.parent.parent
     monkeypatch.setattr(sys, "argv", ["check_results.py"])
     with pytest.raises(SystemExit, match="it differs from evals/results"):
-        check_results.main(root)
+        check(root)
     monkeypatch.setattr(sys, "argv", ["check_results.py", "--write"])
-    check_results.main(root)
+    check(root)
     monkeypatch.setattr(sys, "argv", ["check_results.py"])
-    check_results.main(root)
+    check(root)
     with (root / "docs" / "results.md").open("a") as file:
         file.write("By hand: ten times as fast.\n")
     with pytest.raises(SystemExit, match="it differs from evals/results"):
-        check_results.main(root)
+        check(root)
 
 
 def test_no_two_sections_read_one_file() -> None:

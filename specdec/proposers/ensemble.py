@@ -223,6 +223,15 @@ class EnsembleProposer(Proposer):
         )
         return union.tree(self._device)
 
+    def proposed_by(self, sequence: Sequence, nodes: int) -> list[tuple[str, ...]]:
+        """Of each node of a sequence's last tree, the labels of the members that proposed it."""
+        found: list[tuple[str, ...]] = [()] * nodes
+        for view in self._states[sequence].views:
+            for place in view.places:
+                if place >= 0:
+                    found[place] += (self.labels[view.member],)
+        return found
+
     def observe(self, sequences: Items[Sequence], verdicts: Items[Verdict]) -> None:
         for sequence, verdict in zip(sequences, verdicts, strict=True):
             state = self._states[sequence]
