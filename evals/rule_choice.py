@@ -2,7 +2,10 @@
 pair on held-out prompts, sampled, by rule, shape and kind of draws.
 
     python -m specdec.evals.rule_choice --out evals/results/rule_choice.json
+    python -m specdec.evals.rule_choice --chain 2 --chain 4 --chain 8 --prompts 40 --samples 16 \
+        --out evals/results/block_gain.json
 
+The second one compares block with token-wise verification of chains.
 Every contender continues the same prompts with the same seeds; the standard error is over prompts.
 """
 
@@ -53,8 +56,15 @@ class Contender:
         )  # fmt: skip
 
 
-def contenders() -> list[Contender]:
-    """Chains as deep as the trees have levels, then every tree under every rule that fits it."""
+def contenders(chains: Sequence[int]) -> list[Contender]:
+    """Chains as deep as the trees have levels, then every tree under every rule that fits it; or
+    the named chains alone, under the two rules for drawn ones."""
+    if chains:
+        return [
+            Contender((1,) * depth, "without_replacement", rule)
+            for depth in chains
+            for rule in ("token", "block")
+        ]
     found = [
         Contender((1,) * depth, "coupled" if rule == "gumbel" else "without_replacement", rule)
         for depth in sorted({len(tree) for tree in TREES})
@@ -97,12 +107,14 @@ def compare(a: Sequence[float], b: Sequence[float]) -> list[float]:
     return [round(mean(differences), 4), round(error(differences), 4)]
 
 
-def table(pair: tuple[Any, Any], prompts: Sequence[torch.Tensor], temperature: float,
-          samples: int, new_tokens: int) -> list[dict[str, Any]]:  # fmt: skip
+def table(
+    pair: tuple[Any, Any], prompts: Sequence[torch.Tensor], chains: Sequence[int],
+    temperature: float, samples: int, new_tokens: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row per contender, compared with the best one of its shape."""
     rates = {
         c: measure(c, pair, prompts, temperature, samples, new_tokens)
-        for c in tqdm(contenders(), desc=f"T = {temperature}")
+        for c in tqdm(contenders(chains), desc=f"T = {temperature}")
     }
     rows = []
     for contender, values in rates.items():
@@ -116,6 +128,7 @@ def table(pair: tuple[Any, Any], prompts: Sequence[torch.Tensor], temperature: f
                 "tokens_per_target_pass": round(mean(values), 4),
                 "standard_error": round(error(values), 4),
                 "best_of_shape": best.name,
+                "over_first_of_shape": round(mean(values) / mean(rates[same[0]]), 4),
                 "less_than_best": compare(rates[best], values),
                 "by_prompt": [round(value, 4) for value in values],
             }
@@ -128,7 +141,8 @@ def table(pair: tuple[Any, Any], prompts: Sequence[torch.Tensor], temperature: f
 @click.option("--prompts", "count", type=click.IntRange(min=2), default=20, show_default=True)
 @click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=1), default=96, show_default=True)
-def main(out: Path, count: int, samples: int, new_tokens: int) -> None:
+@click.option("--chain", "chains", type=click.IntRange(min=1), multiple=True)
+def main(out: Path, count: int, samples: int, new_tokens: int, chains: tuple[int, ...]) -> None:
     """Measures every contender at temperatures 1 and 0.6."""
     torch.set_num_threads(1)
     target, draft = (
@@ -144,7 +158,7 @@ def main(out: Path, count: int, samples: int, new_tokens: int) -> None:
         "temperatures": {},
     }
     for t in (1.0, 0.6):
-        rows = table((target, draft), prompts, t, samples, new_tokens)
+        rows = table((target, draft), prompts, chains, t, samples, new_tokens)
         result["temperatures"][str(t)] = rows
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
