@@ -11,6 +11,14 @@ from typing import Any
 
 from specdec.evals import rule_table
 from specdec.evals.markdown import table
+from specdec.evals.results_audits import (
+    estimators,
+    exact_matrix,
+    mutation,
+    optimal_trees,
+    predicted_speed,
+    verify_power,
+)
 
 Raw = dict[str, Any]
 Lines = list[str]
@@ -305,41 +313,6 @@ def draft_window(files: Files) -> Lines:
     ]
 
 
-# --- is it exact?
-
-
-def exact_matrix(files: Files) -> Lines:
-    [raw] = files.values()
-    cells = Counter(name.split(", ")[0] for name in raw["results"])
-    worst: dict[str, float] = {}
-    for name, found in raw["results"].items():
-        rule = name.split(", ")[0]
-        worst[rule] = max(worst.get(rule, 0.0), float(found.get("float64") or 0.0))
-    rows = [[rule, count, f"{worst[rule]:.1e}"] for rule, count in sorted(cells.items())]
-    return [
-        "Every rule by enumeration of all its random outcomes against the target's law, on",
-        f"tables and trees, in float64 and in fractions: {raw['cells']} cells,",
-        f"{len(raw['failed'])} failed.",
-        "`python -m specdec.evals.nightly_exact`.",
-        "",
-        *table(["rule", "cells", "largest difference in float64"], rows),
-    ]
-
-
-def mutation(files: Files) -> Lines:
-    [raw] = files.values()
-    rows = [
-        [name, found["mutants"], found["killed"], len(found["survivors"])]
-        for name, found in raw.items()
-    ]
-    return [
-        "Planted faults in the acceptance core, one at a time, that its tests found; every",
-        "survivor has a written reason. `python -m specdec.evals.mutation`.",
-        "",
-        *table(["module", "mutants", "found", "survivors with a reason"], rows),
-    ]
-
-
 SECTIONS: list[Section] = [
     Section("Speed of the built-in pair", "speed_pair_*.json", speed_pair),
     Section("Plain decoding of random shapes", "speed_shapes.json", speed_shapes),
@@ -355,6 +328,13 @@ SECTIONS: list[Section] = [
     Section("Draft windows", "draft_window.json", draft_window),
     Section("Exactness of the rules", "exact_matrix.json", exact_matrix),
     Section("Mutation check", "mutation.json", mutation),
+    Section("What a lossless audit sees", "verify_power.json", verify_power),
+    Section("Intervals against the truth", "estimators.json", estimators),
+    Section("Predicted and measured speed", "predicted_speed.json", predicted_speed),
+    Section("Acceptance by rank", "optimal_trees.json", optimal_trees),
 ]
 # Patterns of runs that need not be there.
-OPTIONAL = {"bench_*.json"}
+OPTIONAL = {
+    "bench_*.json", "verify_power.json", "estimators.json", "predicted_speed.json",
+    "optimal_trees.json",
+}  # fmt: skip

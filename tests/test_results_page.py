@@ -104,3 +104,30 @@ def test_a_bench_is_labelled_and_what_was_refused_has_no_speed() -> None:
     assert "2 of json" in text
     assert "| transformers | 2.00 (1.00 to 3.00) | 1.00 | 1 of 1 texts equal |" in text
     assert "| specdec x (synthetic draft) | - | 1.00 | not the target's own |" in text
+
+
+def test_audits_of_the_evaluation_become_tables() -> None:
+    rate = {"truth": 0.5, "mean_estimate": 0.5, "covered": 190, "runs": 200}
+    null = {"alarms": 1, "runs": 200, "level": 0.001}
+    files: dict[str, dict[str, Any]] = {
+        "estimators": {"confidence": 0.95, "texts": 24,
+                       "cases": {"1,1 token": {"a": rate, "b": {**rate, "covered": 196}}}},
+        "predicted_speed": {"dtype": "float32", "worst": 0.08, "rows": [
+            {"setting": "draft 2", "predicted": 1.5, "measured": 1.4, "off_by": 0.0714,
+             "tokens_per_target_pass": 2.25}]},
+        "verify_power": {"detect_tv": 0.01, "above": 0.02, "always_caught_above": 1,
+                         "faults_above": 1, "null": {"laws": null}, "faults": [
+            {"name": "walk: x", "total_variation": 0.1, "caught": 20, "runs": 20}]},
+        "optimal_trees": {"settings": {"sampled": {"acceptance_by_rank": [0.5, 0.125]}}},
+    }  # fmt: skip
+    rows = {
+        "estimators": "| 1,1 token | 2 | 95.0% | 98.0% |",
+        "predicted_speed": "| draft 2 | 1.50 | 1.40 | +7.1% | 2.25 |",
+        "verify_power": "| walk: x | 0.1000 | 20 of 20 |",
+        "optimal_trees": "| sampled | 2 | 0.125 |",
+    }
+    for section in SECTIONS:
+        name = section.pattern.removesuffix(".json")
+        if name in files:
+            assert rows.pop(name) in section.make({section.pattern: files[name]})
+    assert rows == {}

@@ -1,0 +1,113 @@
+"""Sections of docs/results.md about exactness and about the evaluation itself."""
+
+from collections import Counter
+from typing import Any
+
+from specdec.evals.markdown import table
+
+Files = dict[str, dict[str, Any]]
+Lines = list[str]
+
+
+def exact_matrix(files: Files) -> Lines:
+    [raw] = files.values()
+    cells = Counter(name.split(", ")[0] for name in raw["results"])
+    worst: dict[str, float] = {}
+    for name, found in raw["results"].items():
+        rule = name.split(", ")[0]
+        worst[rule] = max(worst.get(rule, 0.0), float(found.get("float64") or 0.0))
+    rows = [[rule, count, f"{worst[rule]:.1e}"] for rule, count in sorted(cells.items())]
+    return [
+        "Every rule by enumeration of all its random outcomes against the target's law, on",
+        f"tables and trees, in float64 and in fractions: {raw['cells']} cells,",
+        f"{len(raw['failed'])} failed.",
+        "`python -m specdec.evals.nightly_exact`.",
+        "",
+        *table(["rule", "cells", "largest difference in float64"], rows),
+    ]
+
+
+def mutation(files: Files) -> Lines:
+    [raw] = files.values()
+    rows = [
+        [name, found["mutants"], found["killed"], len(found["survivors"])]
+        for name, found in raw.items()
+    ]
+    return [
+        "Planted faults in the acceptance core, one at a time, that its tests found; every",
+        "survivor has a written reason. `python -m specdec.evals.mutation`.",
+        "",
+        *table(["module", "mutants", "found", "survivors with a reason"], rows),
+    ]
+
+
+def predicted_speed(files: Files) -> Lines:
+    [raw] = files.values()
+    rows = [
+        [row["setting"], row["predicted"], row["measured"], f"{row['off_by']:+.1%}",
+         row["tokens_per_target_pass"]]
+        for row in raw["rows"]
+    ]  # fmt: skip
+    return [
+        "Speed against plain decoding as `specdec eval` predicts it from counts and costs, and as",
+        f"measured, on the built-in pair in {raw['dtype']}; at most {raw['worst']:.1%} off.",
+        "`python -m specdec.evals.predicted_speed`.",
+        "",
+        *table(["setting", "predicted", "measured", "off by", "tokens per target pass"], rows),
+    ]
+
+
+def estimators(files: Files) -> Lines:
+    [raw] = files.values()
+    rows = [
+        [name, len(found), *(f"{part(_shares(found)):.1%}" for part in (min, max))]
+        for name, found in raw["cases"].items()
+    ]
+    return [
+        f"How often the {raw['confidence']:.0%} intervals of `specdec eval` cover the truth, which",
+        f"is known on table models; {raw['texts']} texts a run.",
+        "`python -m specdec.evals.estimators`.",
+        "",
+        *table(["tree and rule", "rates", "covered, least", "covered, most"], rows),
+    ]
+
+
+def _shares(found: dict[str, Any]) -> list[float]:
+    return [row["covered"] / row["runs"] for row in found.values()]
+
+
+def verify_power(files: Files) -> Lines:
+    [raw] = files.values()
+    rows = [
+        [found["name"], f"{found['total_variation']:.4f}", f"{found['caught']} of {found['runs']}"]
+        for found in raw["faults"]
+    ]
+    return [
+        f"What the two-sample test of `specdec verify --detect-tv {raw['detect_tv']:g}` sees:",
+        "planted mistakes, the distance of their texts' law from the target's, and in how many",
+        f"runs they were caught. Above {raw['above']:g}: {raw['always_caught_above']} of",
+        f"{raw['faults_above']} in every run. `python -m specdec.evals.verify_power`.",
+        "",
+        *table(["mistake", "total variation", "caught"], rows),
+        "",
+        *(
+            f"False alarms on {name}: {null['alarms']} of {null['runs']} runs at the level "
+            f"{null['level']:g}."
+            for name, null in raw["null"].items()
+        ),
+    ]
+
+
+def optimal_trees(files: Files) -> Lines:
+    [raw] = files.values()
+    rows = [
+        [setting, rank, f"{rate:.3f}"]
+        for setting, found in raw["settings"].items()
+        for rank, rate in enumerate(found["acceptance_by_rank"], 1)
+    ]
+    return [
+        "How often the k-th child of a node is the accepted one: optimal trees are made of that.",
+        "`python -m specdec.evals.optimal_trees`.",
+        "",
+        *table(["setting", "rank", "accepted"], rows),
+    ]
