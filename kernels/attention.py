@@ -105,11 +105,11 @@ def tree_attention(
         return out
     if window is not None:
         shared_prefix = None  # a windowed row reads little of the prefix, and no two alike
-    plan = _Plan.of(
+    plan = Plan.of(
         q, k_pages, v_pages, block_table, window=window, softcap=softcap, max_context=max_context,
         unit=split,
     )  # fmt: skip
-    if plan.fp8 == device_code.FP8_BYTES.value:
+    if plan.fp8:
         k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
     launch = _Launch(
         plan, q, k_pages, v_pages, block_table, context_lens, cu_nodes, ancestor_bits, scale,
@@ -124,7 +124,7 @@ def tree_attention(
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """What the host knows of a call: the kernels' constants, the bounds of grid and splits."""
 
     tile: Tile
@@ -138,23 +138,24 @@ class _Plan:
     window: int
     softcap: bool
     fp8: int
+    precision: str  # of products of float32
     block_b: int
 
     @staticmethod
     def of(
         q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, *,
         window: Window | None, softcap: float | None, max_context: int | None, unit: int | None,
-    ) -> "_Plan":  # fmt: skip
+    ) -> "Plan":  # fmt: skip
         rows, heads, key_size = q.shape
         _, page, kv_heads, value_size = v_pages.shape
         sequences, group = block_table.shape[0], heads // kv_heads
         device_family = family(q.device)
         fp8 = device_code.NO_FP8.value
         if k_pages.dtype in (torch.float8_e4m3fn, torch.uint8):
-            fp8 = _fp8_kind(q.device, k_pages.dtype)
+            fp8 = _fp8_kind(q.device)
         tile = tile_for(
             device_family, q.element_size(), max(key_size, value_size),
-            -(-rows // sequences) * group,
+            -(-rows // sequences) * group, fp8=bool(fp8),
         )  # fmt: skip
         unit = split_unit(kv_heads) if unit is None else unit
         slots = block_table.shape[1] * page
@@ -165,9 +166,10 @@ class _Plan:
         if window is not None:
             visible = min(visible, (window.size + min(rows, MAX_ROWS)) // unit + 2)
         tiles = rows * group // tile.rows + sequences
-        return _Plan(
+        return Plan(
             tile, unit, max_splits, tiles * kv_heads * visible, group, key_size, value_size, page,
-            _window_kind(window), softcap is not None, fp8, _block_b(sequences),
+            _window_kind(window), softcap is not None, fp8, _precision(device_family, fp8),
+            _block_b(sequences),
         )  # fmt: skip
 
     def constants(self, softmax: int, *, prefix: bool, flagged: bool) -> dict[str, Any]:
@@ -176,7 +178,8 @@ class _Plan:
         return {
             "GROUP": self.group, "D": self.key_size, "DV": self.value_size, "PAGE": self.page,
             "WINDOW": self.window, "SOFTCAP": self.softcap, "FP8": self.fp8, "SOFTMAX": softmax,
-            "PREFIX": prefix, "FLAGGED": flagged, "BLOCK_M": tile.rows, "BLOCK_N": tile.slots,
+            "PREFIX": prefix, "FLAGGED": flagged, "PRECISION": self.precision,
+            "BLOCK_M": tile.rows, "BLOCK_N": tile.slots,
             "BLOCK_D": max(16, triton.next_power_of_2(self.key_size)),
             "BLOCK_DV": max(16, triton.next_power_of_2(self.value_size)),
             "BLOCK_B": self.block_b,
@@ -197,15 +200,20 @@ def _window_kind(window: Window | None) -> int:
     return int(device_code.CHUNKED if window.chunked else device_code.SLIDING)
 
 
-def _fp8_kind(device: torch.device, dtype: torch.dtype) -> int:
-    """How the kernel reads e4m3: as numbers where the device converts them, else as bytes."""
+def _fp8_kind(device: torch.device) -> int:
+    """Who decodes e4m3: the device where it can, else the kernel."""
     native = (
-        dtype == torch.float8_e4m3fn
-        and device.type == "cuda"
+        device.type == "cuda"
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (8, 9)
     )
     return int(device_code.FP8_NATIVE if native else device_code.FP8_BYTES)
+
+
+def _precision(device_family: str, fp8: int) -> str:
+    """Products of float32 are exact, but beside fp8: decoded pages come from registers, where plain
+    multiplications would spill. Three of tf32 lose little: e4m3 is exact in it."""
+    return "tf32x3" if fp8 and device_family != "gfx942" else "ieee"
 
 
 def _block_b(sequences: int) -> int:
@@ -217,7 +225,7 @@ class _Launch:
     """The launches of one call; workspace (rows, H, splits, Dv) and (rows, H, splits) float32."""
 
     def __init__(
-        self, plan: _Plan, q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor,
+        self, plan: Plan, q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor,
         context_lens: Tensor, cu_nodes: Tensor, ancestor_bits: Tensor, scale: float,
         window: Window | None, softcap: float | None, sinks: Tensor | None,
         k_scale: Tensor | None, v_scale: Tensor | None, out: Tensor, unified_max: float,
@@ -294,7 +302,10 @@ _CASES: tuple[tuple[str, str, str, int, int, int, dict[str, Any]], ...] = (
     ("plain", "fp32", "fp32", 256, 256, 16, {}),
     ("fp8 pages", "bf16", "u8", 128, 128, 16, {}),
     ("fp8 pages", "fp32", "u8", 128, 128, 16, {}),
-    ("fp8 pages", "bf16", "fp8e4nv", 128, 128, 16, {}),
+    ("fp8 pages", "bf16", "u8", 256, 256, 16, {}),
+    ("fp8 pages", "fp32", "u8", 256, 256, 16, {}),
+    ("fp8 pages decoded by the device", "bf16", "u8", 128, 128, 16, {"fp8": 2}),
+    ("fp8 pages decoded by the device", "fp32", "u8", 128, 128, 16, {"fp8": 2}),
     ("window, softcap, sinks", "bf16", "bf16", 128, 128, 16, {"window": 1, "softcap": True}),
     ("chunked window", "bf16", "bf16", 128, 128, 16, {"window": 2}),
     ("unified", "bf16", "bf16", 128, 128, 16, {"softmax": 1}),
@@ -309,16 +320,17 @@ def configurations(target: str) -> list[Configuration]:
     at 4 query heads per KV head, with every tile that the target's table has for it."""
     found = []
     for kind, dtype, stored, key_size, value_size, page, extra in _CASES:
-        if stored == "fp8e4nv" and target not in ("sm_90", "sm_100"):
-            continue  # read as bytes there
+        if "fp8" in extra and target not in ("sm_90", "sm_100"):
+            continue  # the kernel decodes there
         width, group = 4 if dtype == "fp32" else 2, 4
         heads = max(key_size, value_size)
-        tiles = {tile_for(target, width, heads, rows) for rows in (16, 1024)}
+        tiles = {tile_for(target, width, heads, rows, fp8=stored == "u8") for rows in (16, 1024)}
         for tile in sorted(tiles, key=lambda tile: tile.rows):
-            fp8 = {"u8": device_code.FP8_BYTES, "fp8e4nv": device_code.FP8_NATIVE}.get(stored)
-            plan = _Plan(
-                tile, 256, 44, 0, group, key_size, value_size, page, extra.get("window", 0),
-                extra.get("softcap", False), 0 if fp8 is None else fp8.value, 32,
+            fp8 = extra.get("fp8", int(device_code.FP8_BYTES)) if stored == "u8" else 0
+            plan = Plan(
+                tile, 256, 28, 0, group, key_size, value_size, page, extra.get("window", 0),
+                extra.get("softcap", False), fp8,
+                _precision(target, fp8), 32,
             )  # fmt: skip
             name = f"{kind} {dtype}{f' {stored}' if stored != dtype else ''} {key_size}"
             name += f"/{value_size}" if value_size != key_size else ""
@@ -328,7 +340,7 @@ def configurations(target: str) -> list[Configuration]:
 
 
 def _configurations(
-    name: str, plan: _Plan, dtype: str, stored: str, extra: dict[str, Any]
+    name: str, plan: Plan, dtype: str, stored: str, extra: dict[str, Any]
 ) -> list[Configuration]:
     """The attention kernel and, in the first page size, the combination of one kind of call."""
     softmax, prefix = extra.get("softmax", 0), extra.get("prefix", False)

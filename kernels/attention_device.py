@@ -23,17 +23,18 @@ COMBINE = tl.constexpr(16)
 
 @triton.jit
 def split_of(slot, unit):
-    """The split that a slot falls into: 8 of one unit, 12 of two, 24 of four, then of eight."""
+    """The split that a slot falls into, as tiles.split_of."""
     u = slot // unit
-    far = tl.where(u < 128, 12 + u // 4, 28 + u // 8)
-    return tl.where(u < 8, u, tl.where(u < 32, 4 + u // 2, far))
+    far = tl.where(u < 32, 8 + u // 4, tl.where(u < 128, 12 + u // 8, 20 + u // 16))
+    return tl.where(u < 8, u, tl.where(u < 16, 4 + u // 2, far))
 
 
 @triton.jit
 def split_start(split, unit):
     """The first slot of a split."""
-    far = tl.where(split < 44, 4 * (split - 12), 8 * (split - 28))
-    return tl.where(split < 8, split, tl.where(split < 20, 2 * (split - 4), far)) * unit
+    far = tl.where(split < 28, 8 * (split - 12), 16 * (split - 20))
+    middle = tl.where(split < 12, 2 * (split - 4), 4 * (split - 8))
+    return tl.where(split < 8, split, tl.where(split < 16, middle, far)) * unit
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def _decode(x, q, FP8: tl.constexpr):
         half = tl.where((wide & 0x7F) == 0x7F, float("nan"), half)
         return half.to(q.dtype)
     elif FP8 == FP8_NATIVE:
-        return x.to(q.dtype)
+        return x.to(tl.float8e4nv, bitcast=True).to(q.dtype)
     else:
         return x
 
@@ -178,7 +179,7 @@ def _tree_attention_kernel(
     out_row, out_head,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FP8: tl.constexpr, SOFTMAX: tl.constexpr,
-    PREFIX: tl.constexpr, FLAGGED: tl.constexpr,
+    PREFIX: tl.constexpr, FLAGGED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):  # fmt: skip
@@ -280,7 +281,7 @@ def _tree_attention_kernel(
                 k = _from_pages(keys, entry * k_page + within * k_slot, present, D, BLOCK_D)
                 v = _from_pages(values, entry * v_page + within * v_slot, present, DV, BLOCK_DV)
                 k = _decode(k, queries, FP8)
-                scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+                scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
                 if SOFTCAP:
                     # tanh; its limits need no care, exp2 is 0 or infinite there.
                     scores = 1 - 2 / (tl.exp2(scores * inner) + 1)
@@ -303,7 +304,7 @@ def _tree_attention_kernel(
                 top = highest
                 total += tl.sum(p, 1)
                 v = _decode(v, queries, FP8)
-                acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             direct = (high - base == 1) | (max_splits == 1)
             if SOFTMAX == RUNNING and not PREFIX and direct:
                 total = tl.where(high <= max_splits, total, float("nan"))

@@ -26,24 +26,24 @@ class Tile:
 # of them (warps beside each other along the rows, one instruction shape): the number of rows
 # chooses among them, and must not change a bit.
 _TILES = {
-    ("sm_80", 2, 64): (Tile(64, 64, 4, 5),),
-    ("sm_80", 2, 128): (Tile(64, 64, 4, 5),),
+    ("sm_80", 2, 64): (Tile(64, 64, 8, 5),),
+    ("sm_80", 2, 128): (Tile(64, 64, 8, 5),),
     ("sm_80", 2, 256): (Tile(64, 32, 8, 3),),
     ("sm_80", 4, 64): (Tile(32, 32, 4, 3),),
     ("sm_80", 4, 128): (Tile(32, 32, 4, 3),),
-    ("sm_80", 4, 256): (Tile(16, 32, 4, 2),),
+    ("sm_80", 4, 256): (Tile(16, 32, 8, 2),),
     ("sm_90", 2, 64): (Tile(64, 64, 4, 5), Tile(128, 64, 8, 5)),
     ("sm_90", 2, 128): (Tile(64, 64, 4, 5), Tile(128, 64, 8, 5)),
     ("sm_90", 2, 256): (Tile(64, 32, 8, 5),),
     ("sm_90", 4, 64): (Tile(32, 32, 4, 3),),
     ("sm_90", 4, 128): (Tile(32, 32, 4, 3),),
-    ("sm_90", 4, 256): (Tile(16, 32, 4, 3),),
+    ("sm_90", 4, 256): (Tile(16, 32, 8, 3),),
     ("sm_100", 2, 64): (Tile(128, 64, 8, 5),),
     ("sm_100", 2, 128): (Tile(128, 64, 8, 5),),
     ("sm_100", 2, 256): (Tile(128, 32, 8, 5),),
     ("sm_100", 4, 64): (Tile(32, 32, 4, 3),),
     ("sm_100", 4, 128): (Tile(32, 32, 4, 3),),
-    ("sm_100", 4, 256): (Tile(16, 32, 4, 3),),
+    ("sm_100", 4, 256): (Tile(16, 32, 8, 3),),
     ("gfx942", 2, 64): (Tile(64, 64, 4, 2),),
     ("gfx942", 2, 128): (Tile(64, 64, 4, 2),),
     ("gfx942", 2, 256): (Tile(64, 32, 4, 1),),
@@ -64,9 +64,13 @@ def family(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def tile_for(device_family: str, product_bytes: int, head_size: int, packed_rows: int) -> Tile:
+def tile_for(
+    device_family: str, product_bytes: int, head_size: int, packed_rows: int, *, fp8: bool
+) -> Tile:
     """The smallest tile that holds packed_rows, the rows of a mean tree; else the largest."""
     size = max(64, 1 << (head_size - 1).bit_length())
+    if fp8 and product_bytes == 4:  # decoded pages wait in registers: a small tile, lest they spill
+        return Tile(16, 32, 8 if size == 256 else 4, 1 if device_family == "gfx942" else 3)
     tiles = _TILES[device_family, product_bytes, size]
     return next((tile for tile in tiles if packed_rows <= tile.rows), tiles[-1])
 
@@ -76,25 +80,30 @@ def split_unit(kv_heads: int) -> int:
     return min(max(64, 32 * (1 << (kv_heads - 1).bit_length())), 512)
 
 
-# Eight splits of one unit, 12 of two, 24 of four, then of eight: all short at the front, so that a
-# short context is work for many programs, few and long at the back, where partial results cost.
+# (slots up to there, splits up to there, units per split), slots in units: short splits at the
+# front, so that a short context is work for many programs; few and long ones at the back, where
+# what a split costs, writing and reading its partial sums, would add up.
+_LADDER = ((8, 8, 1), (16, 12, 2), (32, 16, 4), (128, 28, 8), (None, None, 16))
+
+
 def split_of(slot: int, unit: int) -> int:
     """The split that a slot falls into."""
-    u = slot // unit
-    if u < 8:
-        return u
-    if u < 32:
-        return 4 + u // 2
-    return 12 + u // 4 if u < 128 else 28 + u // 8
+    u, start, first = slot // unit, 0, 0
+    for end, past, length in _LADDER:
+        if end is None or past is None or u < end:
+            return first + (u - start) // length
+        start, first = end, past
+    raise AssertionError("the last step has no end")
 
 
 def split_start(split: int, unit: int) -> int:
     """The first slot of a split."""
-    if split < 8:
-        return split * unit
-    if split < 20:
-        return 2 * (split - 4) * unit
-    return (4 * (split - 12) if split < 44 else 8 * (split - 28)) * unit
+    start, first = 0, 0
+    for end, past, length in _LADDER:
+        if end is None or past is None or split < past:
+            return (start + (split - first) * length) * unit
+        start, first = end, past
+    raise AssertionError("the last step has no end")
 
 
 def num_splits(slots: int, unit: int) -> int:
