@@ -313,6 +313,34 @@ def draft_window(files: Files) -> Lines:
     ]
 
 
+# --- kernels
+
+
+def attention_traffic(files: Files) -> Lines:
+    [raw] = files.values()
+    lines = [
+        f"At batch 8, {raw['about']}.",
+        "*Must*: every argument once. *Memory*: that, and",
+        "partial sums written and read. *Requested*: what programs load and store; what is beyond",
+        "memory's the second-level cache serves. Floor: must at 4.3 TB/s.",
+        "",
+    ]
+    heads = (
+        "heads of", "context", "rows", "splits", "must, MB", "memory / must", "requested / must",
+        "floor on an H200, us",
+    )  # fmt: skip
+    rows = [
+        [
+            shape["model"], shape["context"], shape["rows"], shape["splits"], shape["must"] / 1e6,
+            shape["memory"] / shape["must"], shape["requested"] / shape["must"],
+            shape["floor_us_h200"],
+        ]
+        for shape in raw["shapes"]
+        if shape["batch"] == 8
+    ]  # fmt: skip
+    return lines + table(heads, rows)
+
+
 SECTIONS: list[Section] = [
     Section("Speed of the built-in pair", "speed_pair_*.json", speed_pair),
     Section("Plain decoding of random shapes", "speed_shapes.json", speed_shapes),
@@ -332,6 +360,7 @@ SECTIONS: list[Section] = [
     Section("Intervals against the truth", "estimators.json", estimators),
     Section("Predicted and measured speed", "predicted_speed.json", predicted_speed),
     Section("Acceptance by rank", "optimal_trees.json", optimal_trees),
+    Section("Bytes of tree attention", "attention_traffic.json", attention_traffic),
 ]
 # Patterns of runs that need not be there.
 OPTIONAL = {
