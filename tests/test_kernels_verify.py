@@ -99,7 +99,9 @@ def make_case(
         if len(tokens) >= size or depths[row] >= depth:
             continue
         listed: list[tuple[int, Law]] = []
-        inner = rng.choice(["iid", "without_replacement", "point"]) if kind == "mixed" else kind
+        inner: Any = (
+            rng.choice(["iid", "without_replacement", "point"]) if kind == "mixed" else kind
+        )
         for _ in range(2 if kind == "mixed" and width > 1 else 1):
             noise = torch.randn(V, generator=generator) * rng.choice([0.3, 1.0, 3.0])
             law = torch.softmax(rows[row].float() + noise, -1)
@@ -448,10 +450,11 @@ def test_bad_arguments_are_named() -> None:
         "q": torch.cat(laws).to(DEVICE) if laws else torch.empty(0, 7, device=DEVICE),
     }  # fmt: skip
     ones = torch.ones(2, dtype=torch.float64, device=DEVICE)
-    wide = make_case(random.Random(1), 7, kind="point", size=3, depth=1, width=3)
+    siblings = [(0, 1, -1, False), (0, 2, -1, False)]
+    wide = Trees.of(torch.zeros(2, dtype=torch.int64, device=DEVICE), [[-1, -1]], siblings)
     bad: dict[str, list[Any]] = {
         "rule": ["kseq"], "logits": [logits.double(), logits[1:], logits.T],
-        "trees": [kernel_trees(TreeBatch.of([wide.tree]), [wide])],
+        "trees": [wide],
         "keys": [good["keys"].int(), good["keys"][:1]],
         "positions": [good["positions"].int(), good["positions"].to("meta")],
         "temperature": [ones.float(), ones[:1]], "top_k": [ones], "top_p": [ones.float()],
