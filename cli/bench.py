@@ -15,6 +15,7 @@ from specdec.cli.console import remark, with_bar
 from specdec.cli.inputs import member_options
 from specdec.cli.models import (
     DTYPES,
+    announced,
     check_device,
     load_model,
     load_tokenizer,
@@ -274,7 +275,8 @@ def _load(
     if shape is not None:
         kind = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
         assert isinstance(kind, torch.dtype)
-        model = random_model(shape, kind, device)
+        with announced(f"making random weights of the shape {shape} …"):
+            model = random_model(shape, kind, device)
         named = {"target": {"name": f"random {shape}", **model_facts(model)}, "draft": None}
         return Models(model, copy.deepcopy(model)), named, None
     if draft is None and target == "big" and not no_draft and acceptance is None:

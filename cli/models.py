@@ -44,7 +44,7 @@ def check_device(device: str) -> None:
 def load_model(role: str, name: str, dtype: str, device: str) -> PreTrainedModel:
     """The model of this name, in evaluation mode. Raises InvalidArgumentError for a bad name."""
     where = location(role, name)
-    with _announced(f"loading the {role}, {name} …"), _named_errors(role, name):
+    with announced(f"loading the {role}, {name} …"), _named_errors(role, name):
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         if config.is_encoder_decoder:
             raise InvalidArgumentError(
@@ -67,7 +67,7 @@ def load_model(role: str, name: str, dtype: str, device: str) -> PreTrainedModel
 
 def load_tokenizer(role: str, name: str) -> Any:
     """The tokenizer beside the model of this name."""
-    with _announced(f"loading the {role}'s tokenizer …"), _named_errors(role, name):
+    with announced(f"loading the {role}'s tokenizer …"), _named_errors(role, name):
         return AutoTokenizer.from_pretrained(location(role, name), trust_remote_code=False)
 
 
@@ -102,7 +102,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _announced(what: str) -> Iterator[None]:
+def announced(what: str) -> Iterator[None]:
     """Says on a terminal what takes its time; the libraries' own bars and lines get in the way."""
     hub_logging.set_verbosity(logging.ERROR)
     hf_logging.set_verbosity_error()

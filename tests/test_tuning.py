@@ -54,6 +54,23 @@ def test_predicted_tokens_per_pass_are_those_of_a_run(
     assert max(lengths) == found.tokens_per_pass
 
 
+def test_suffix_does_not_remember_the_round_before(tuning: Tuning, target: Model) -> None:
+    timed = [
+        f for f in tuning.findings
+        if f.setting.name.startswith("suffix ") and f.measured is not None
+    ]  # fmt: skip
+    assert timed
+    for found in timed:
+        engine = Engine(
+            target, kv_memory=1 << 20, proposer_options={"cache_tokens": 0},
+            **found.setting.arguments,
+        )  # fmt: skip
+        for number, prompt in ((2, PROMPTS[2]), (2, PROMPTS[2]), (3, PROMPTS[3])):
+            engine.add_request(prompt, GREEDY, seed=number)
+            list(engine)
+        assert found.measured_tokens_per_pass == engine.stats.tokens_per_target_pass
+
+
 def test_best_is_a_setting_that_the_engine_takes(
     tuning: Tuning, target: Model, draft: Model
 ) -> None:
