@@ -138,7 +138,6 @@ class Plan:
     window: int
     softcap: bool
     fp8: int
-    precision: str  # of products of float32
     block_b: int
 
     @staticmethod
@@ -168,8 +167,7 @@ class Plan:
         tiles = rows * group // tile.rows + sequences
         return Plan(
             tile, unit, max_splits, tiles * kv_heads * visible, group, key_size, value_size, page,
-            _window_kind(window), softcap is not None, fp8, _precision(device_family, fp8),
-            _block_b(sequences),
+            _window_kind(window), softcap is not None, fp8, _block_b(sequences),
         )  # fmt: skip
 
     def constants(self, softmax: int, *, prefix: bool, flagged: bool) -> dict[str, Any]:
@@ -178,8 +176,7 @@ class Plan:
         return {
             "GROUP": self.group, "D": self.key_size, "DV": self.value_size, "PAGE": self.page,
             "WINDOW": self.window, "SOFTCAP": self.softcap, "FP8": self.fp8, "SOFTMAX": softmax,
-            "PREFIX": prefix, "FLAGGED": flagged, "PRECISION": self.precision,
-            "BLOCK_M": tile.rows, "BLOCK_N": tile.slots,
+            "PREFIX": prefix, "FLAGGED": flagged, "BLOCK_M": tile.rows, "BLOCK_N": tile.slots,
             "BLOCK_D": max(16, triton.next_power_of_2(self.key_size)),
             "BLOCK_DV": max(16, triton.next_power_of_2(self.value_size)),
             "BLOCK_B": self.block_b,
@@ -208,12 +205,6 @@ def _fp8_kind(device: torch.device) -> int:
         and torch.cuda.get_device_capability(device) >= (8, 9)
     )
     return int(device_code.FP8_NATIVE if native else device_code.FP8_BYTES)
-
-
-def _precision(device_family: str, fp8: int) -> str:
-    """Products of float32 are exact, but beside fp8: decoded pages come from registers, where plain
-    multiplications would spill. Three of tf32 lose little: e4m3 is exact in it."""
-    return "tf32x3" if fp8 and device_family != "gfx942" else "ieee"
 
 
 def _block_b(sequences: int) -> int:
@@ -329,8 +320,7 @@ def configurations(target: str) -> list[Configuration]:
             fp8 = extra.get("fp8", int(device_code.FP8_BYTES)) if stored == "u8" else 0
             plan = Plan(
                 tile, 256, 28, 0, group, key_size, value_size, page, extra.get("window", 0),
-                extra.get("softcap", False), fp8,
-                _precision(target, fp8), 32,
+                extra.get("softcap", False), fp8, 32,
             )  # fmt: skip
             name = f"{kind} {dtype}{f' {stored}' if stored != dtype else ''} {key_size}"
             name += f"/{value_size}" if value_size != key_size else ""

@@ -131,16 +131,15 @@ def _from_pages(
 
 
 @triton.jit
-def _decode(x, q, FP8: tl.constexpr):
+def _decode(x, FP8: tl.constexpr):
     """Page content as the product wants it. Bytes become float16 of 2**-8 times their value: the
     bits of e4m3 fit under float16's, whose exponent is biased by 8 more."""
     if FP8 == FP8_BYTES:
         wide = x.to(tl.uint16)
         half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        half = tl.where((wide & 0x7F) == 0x7F, float("nan"), half)
-        return half.to(q.dtype)
+        return tl.where((wide & 0x7F) == 0x7F, float("nan"), half)
     elif FP8 == FP8_NATIVE:
-        return x.to(tl.float8e4nv, bitcast=True).to(q.dtype)
+        return x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:
         return x
 
@@ -179,7 +178,7 @@ def _tree_attention_kernel(
     out_row, out_head,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FP8: tl.constexpr, SOFTMAX: tl.constexpr,
-    PREFIX: tl.constexpr, FLAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    PREFIX: tl.constexpr, FLAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):  # fmt: skip
@@ -236,7 +235,12 @@ def _tree_attention_kernel(
                 + (rows * q_row + query_heads * q_head)[:, None] + d[None, :],
                 live[:, None] & (d < D)[None, :], other=0,
             )  # fmt: skip
-            if FP8 != NO_FP8 and queries.dtype == tl.bfloat16:
+            # Decoded pages are float16, and what multiplies them: float32 as a sum of two.
+            WIDE: tl.constexpr = FP8 != NO_FP8 and q.dtype.element_ty == tl.float32
+            rest = queries
+            if WIDE:
+                rest = (queries - queries.to(tl.float16).to(tl.float32)).to(tl.float16)
+            if FP8 != NO_FP8:
                 queries = queries.to(tl.float16)
             product = scale
             if k_scale is not None:
@@ -280,8 +284,10 @@ def _tree_attention_kernel(
                     within = offsets % PAGE
                 k = _from_pages(keys, entry * k_page + within * k_slot, present, D, BLOCK_D)
                 v = _from_pages(values, entry * v_page + within * v_slot, present, DV, BLOCK_DV)
-                k = _decode(k, queries, FP8)
-                scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
+                k = _decode(k, FP8)
+                scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+                if WIDE:
+                    scores = tl.dot(rest, tl.trans(k), scores)
                 if SOFTCAP:
                     # tanh; its limits need no care, exp2 is 0 or infinite there.
                     scores = 1 - 2 / (tl.exp2(scores * inner) + 1)
@@ -303,8 +309,11 @@ def _tree_attention_kernel(
                     acc = acc * keep[:, None]
                 top = highest
                 total += tl.sum(p, 1)
-                v = _decode(v, queries, FP8)
-                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+                v = _decode(v, FP8)
+                weights = p.to(v.dtype)
+                acc = tl.dot(weights, v, acc, input_precision="ieee")
+                if WIDE:
+                    acc = tl.dot((p - weights.to(tl.float32)).to(v.dtype), v, acc)
             direct = (high - base == 1) | (max_splits == 1)
             if SOFTMAX == RUNNING and not PREFIX and direct:
                 total = tl.where(high <= max_splits, total, float("nan"))

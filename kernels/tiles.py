@@ -69,8 +69,10 @@ def tile_for(
 ) -> Tile:
     """The smallest tile that holds packed_rows, the rows of a mean tree; else the largest."""
     size = max(64, 1 << (head_size - 1).bit_length())
-    if fp8 and product_bytes == 4:  # decoded pages wait in registers: a small tile, lest they spill
-        return Tile(16, 32, 8 if size == 256 else 4, 1 if device_family == "gfx942" else 3)
+    if fp8 and product_bytes == 4:  # two products of half the width
+        if device_family == "gfx942":
+            return Tile(32, 32, 4, 1)
+        return Tile(64 if device_family == "sm_100" and size == 256 else 32, 32, 8, 3)
     tiles = _TILES[device_family, product_bytes, size]
     return next((tile for tile in tiles if packed_rows <= tile.rows), tiles[-1])
 
