@@ -12,6 +12,7 @@ from specdec.cli.bench import bench
 from specdec.cli.eval import evaluate
 from specdec.cli.generate import generate
 from specdec.cli.index import index
+from specdec.cli.info import info
 from specdec.cli.report import report
 from specdec.cli.tune import tune
 from specdec.cli.verify import verify
@@ -73,6 +74,7 @@ main.add_command(report)
 main.add_command(tune)
 main.add_command(verify)
 main.add_command(index)
+main.add_command(info)
 
 if __name__ == "__main__":
     main()

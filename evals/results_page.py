@@ -29,6 +29,9 @@ def page(folder: Path) -> str:
     for section in SECTIONS:
         its = {name: contents[name] for name in contents if fnmatch(name, section.pattern)}
         if not its:
+            if section.absent:
+                lines += ["", f"## {section.title}", "", section.absent]
+                continue
             if section.pattern in OPTIONAL:
                 continue
             raise InvalidArgumentError(

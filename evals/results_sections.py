@@ -32,6 +32,7 @@ class Section:
     title: str
     pattern: str  # of the names of its files
     make: Callable[[Files], Lines]
+    absent: str = ""  # what the page says where there is no such file
 
 
 # --- speed
@@ -341,6 +342,36 @@ def attention_traffic(files: Files) -> Lines:
     return lines + table(heads, rows)
 
 
+def gpu_bench(files: Files) -> Lines:
+    [raw] = files.values()
+    others = list(dict.fromkeys(n for row in raw["attention"] for n in row["contenders"]))
+    others.remove("specdec")
+    rows = [
+        [
+            f"{row['model']}, page {row['page']}", row["batch"], row["context"], row["rows"],
+            row["contenders"]["specdec"]["median_us"], row["of_bandwidth"], row["of_floor"],
+            *(row["contenders"].get(name, {}).get("of_ours") for name in others),
+        ]
+        for row in raw["attention"]
+    ]  # fmt: skip
+    commits = [
+        [row["model"], row["batch"], row["median_us"], row["moved_bytes"] / 1e6]
+        for row in raw["commit"]
+    ]
+    limits, device = raw["ceilings"], raw["device"]
+    heads = ["heads of", "batch", "context", "rows", "us", "of bandwidth", "of floor"]
+    return [
+        f"{device['name']}, {raw['dtype']}; the same run reads",
+        f"{limits['read_bytes_per_second'] / 1e12:.2f} TB/s and multiplies at",
+        f"{limits['flops_per_second'] / 1e12:.0f} TFLOP/s. Other columns: time as a multiple of",
+        "specdec's. `python -m specdec.evals.gpu_bench`.",
+        "",
+        *table([*heads, *others], rows),
+        "",
+        *table(["commit of a path of all layers", "batch", "us", "moved, MB"], commits),
+    ]
+
+
 SECTIONS: list[Section] = [
     Section("Speed of the built-in pair", "speed_pair_*.json", speed_pair),
     Section("Plain decoding of random shapes", "speed_shapes.json", speed_shapes),
@@ -361,6 +392,12 @@ SECTIONS: list[Section] = [
     Section("Predicted and measured speed", "predicted_speed.json", predicted_speed),
     Section("Acceptance by rank", "optimal_trees.json", optimal_trees),
     Section("Bytes of tree attention", "attention_traffic.json", attention_traffic),
+    Section(
+        "Kernels on a GPU",
+        "gpu_bench.json",
+        gpu_bench,
+        "Not run on a GPU: `python -m specdec.evals.gpu_bench` has the figures to come.",
+    ),
 ]
 # Patterns of runs that need not be there.
 OPTIONAL = {

@@ -12,7 +12,7 @@ from specdec.errors import InvalidArgumentError
 from specdec.evals.check_results import main as check
 from specdec.evals.markdown import table
 from specdec.evals.results_page import page
-from specdec.evals.results_sections import SECTIONS, bench
+from specdec.evals.results_sections import SECTIONS, bench, gpu_bench
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evals" / "results"
@@ -131,3 +131,29 @@ def test_audits_of_the_evaluation_become_tables() -> None:
         if name in files:
             assert rows.pop(name) in section.make({section.pattern: files[name]})
     assert rows == {}
+
+
+def test_without_a_gpu_the_page_says_so(results: Path) -> None:
+    (results / "gpu_bench.json").unlink(missing_ok=True)
+    assert "## Kernels on a GPU\n\nNot run on a GPU: " in page(results)
+
+
+def test_gpu_figures_stand_beside_their_contenders() -> None:
+    row = {
+        "model": "m", "page": 16, "batch": 1, "context": 2048, "rows": 8, "of_bandwidth": 0.5,
+        "of_floor": 0.625,
+        "contenders": {
+            "specdec": {"median_us": 4.0, "of_ours": 1.0}, "a": {"error": "not installed"},
+            "b": {"median_us": 8.0, "of_ours": 2.0},
+        },
+    }  # fmt: skip
+    raw = {
+        "device": {"name": "NVIDIA H200"}, "dtype": "bfloat16", "attention": [row],
+        "commit": [{"model": "m", "batch": 1, "median_us": 3.0, "moved_bytes": 2_500_000}],
+        "ceilings": {"read_bytes_per_second": 4.25e12, "flops_per_second": 7.5e14},
+    }  # fmt: skip
+    text = "\n".join(gpu_bench({"gpu_bench.json": raw}))
+    assert "NVIDIA H200, bfloat16" in text
+    assert "4.25 TB/s" in text
+    assert "| m, page 16 | 1 | 2048 | 8 | 4.00 | 0.50 | 0.62 | - | 2.00 |" in text
+    assert "| m | 1 | 3.00 | 2.50 |" in text
