@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _grid_attention_kernel(
+def _grid_attention_kernel(  # type: ignore[no-untyped-def]
     q, k_pages, v_pages, block_table, context_lens, cu_nodes, seen, out, scale, blocks,
     q_row, q_head, page_stride, slot_stride, head_stride, table_stride, seen_row,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """seen: (rows, n) bytes, which rows of its tree a row sees. scale is times log2(e)."""
     sequence, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     head = tl.program_id(1)
