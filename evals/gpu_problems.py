@@ -77,7 +77,7 @@ class Inputs:
 
     @property
     def scale(self) -> float:
-        return self.cell.size**-0.5
+        return 1 / math.sqrt(self.cell.size)
 
 
 def inputs(
@@ -179,7 +179,7 @@ class Contender:
 def specdec(problem: Inputs) -> Call:
     attention = backend.kernel_file("attention")
     out = torch.empty_like(problem.q).fill_(float("nan"))
-    return lambda: attention.tree_attention(  # type: ignore[no-any-return]
+    return lambda: attention.tree_attention(
         problem.q, problem.k_pages, problem.v_pages, problem.block_table, problem.context_lens,
         problem.cu_nodes, problem.ancestor_bits, scale=problem.scale, out=out,
     )  # fmt: skip
@@ -313,7 +313,7 @@ def flashinfer(problem: Inputs) -> Call:
         cell.heads, cell.kv_heads, cell.size, cell.page, custom_mask=seen.flatten(),
         sm_scale=problem.scale, q_data_type=problem.q.dtype,
     )  # fmt: skip
-    return lambda: wrapper.run(problem.q, (problem.k_pages, problem.v_pages))  # type: ignore[no-any-return]
+    return lambda: wrapper.run(problem.q, (problem.k_pages, problem.v_pages))
 
 
 def flashinfer_xqa(problem: Inputs) -> Call:
