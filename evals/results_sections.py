@@ -342,6 +342,58 @@ def attention_traffic(files: Files) -> Lines:
     return lines + table(heads, rows)
 
 
+def kernel_compile(files: Files) -> Lines:
+    [raw] = files.values()
+    kinds = sorted({name.split()[0] for rows in raw["targets"].values() for name in rows})
+    totals = [
+        [
+            target, len(rows), max(row[0] for row in rows.values()),
+            f"{max(row[1] for row in rows.values()) / 1024:.0f} of {limit / 1024:.0f}",
+            sum(bool(row[2]) for row in rows.values()),
+        ]
+        for (target, rows), limit in zip(
+            raw["targets"].items(), raw["shared_limit"].values(), strict=True
+        )
+    ]  # fmt: skip
+    largest = [
+        [kind, *(_largest(rows, kind) for rows in raw["targets"].values())] for kind in kinds
+    ]
+    products = [
+        [f"{target}, {name.removeprefix('attend ')}", row[0], f"{row[1] / 1024:.0f}", _counts(row)]
+        for target, rows in raw["targets"].items()
+        for name, row in rows.items()
+        if name.startswith(("attend plain bf16 128 page 16", "attend fp8 pages bf16"))
+    ]
+    return [
+        "Every configuration of every Triton kernel, compiled ahead of time without a GPU: A100",
+        "(sm_80), H100 and H200 (sm_90), B200 (sm_100), MI300 (gfx942). A spill, or more shared",
+        "memory than the target has, fails the run. `python -m specdec.evals.compile_kernels`.",
+        "",
+        *(f"- {wrong}" for wrong in raw["violations"]),
+        "",
+        *table(["target", "kernels", "registers, most", "shared KiB, most", "spill"], totals),
+        "",
+        "Registers and bytes of shared memory, most of any configuration:",
+        "",
+        *table(["kernel", *raw["targets"]], largest),
+        "",
+        "Instructions in the code of tree attention (standing, not run), head size 128:",
+        "",
+        *table(["target, configuration", "registers", "shared KiB", "instructions"], products),
+    ]
+
+
+def _largest(rows: Raw, kind: str) -> str:
+    its = [row for name, row in rows.items() if name.split()[0] == kind]
+    if not its:
+        return "-"
+    return f"{max(row[0] for row in its)}, {max(row[1] for row in its)}"
+
+
+def _counts(row: list[Any]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in row[3].items())
+
+
 def gpu_bench(files: Files) -> Lines:
     [raw] = files.values()
     others = list(dict.fromkeys(n for row in raw["attention"] for n in row["contenders"]))
@@ -392,6 +444,12 @@ SECTIONS: list[Section] = [
     Section("Predicted and measured speed", "predicted_speed.json", predicted_speed),
     Section("Acceptance by rank", "optimal_trees.json", optimal_trees),
     Section("Bytes of tree attention", "attention_traffic.json", attention_traffic),
+    Section(
+        "Kernels, compiled ahead of time",
+        "kernel_compile.json",
+        kernel_compile,
+        "Not made yet: `python -m specdec.evals.compile_kernels --out FILE` makes the raw file.",
+    ),
     Section(
         "Kernels on a GPU",
         "gpu_bench.json",

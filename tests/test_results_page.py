@@ -12,7 +12,7 @@ from specdec.errors import InvalidArgumentError
 from specdec.evals.check_results import main as check
 from specdec.evals.markdown import table
 from specdec.evals.results_page import page
-from specdec.evals.results_sections import SECTIONS, bench, gpu_bench
+from specdec.evals.results_sections import SECTIONS, bench, gpu_bench, kernel_compile
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evals" / "results"
@@ -157,3 +157,17 @@ def test_gpu_figures_stand_beside_their_contenders() -> None:
     assert "4.25 TB/s" in text
     assert "| m, page 16 | 1 | 2048 | 8 | 4.00 | 0.50 | 0.62 | - | 2.00 |" in text
     assert "| m | 1 | 3.00 | 2.50 |" in text
+
+
+def test_kernels_are_summed_up_and_a_violation_is_shown() -> None:
+    fine = [96, 65536, {}, {"ld.global 16 B": 4, "wgmma": 12}, {"num_warps": 4}]
+    spills = [255, 1024, {"bytes of stack": 8}, {}, {"num_warps": 4}]
+    raw = {
+        "shared_limit": {"sm_90": 232448}, "violations": ["combine b, sm_90: spills 8 bytes"],
+        "targets": {"sm_90": {"attend plain bf16 128 page 16 rows 64": fine, "combine b": spills}},
+    }  # fmt: skip
+    text = "\n".join(kernel_compile({"kernel_compile.json": raw}))
+    assert "- combine b, sm_90: spills 8 bytes" in text
+    assert "| sm_90 | 2 | 255 | 64 of 227 | 1 |" in text
+    assert "| attend | 96, 65536 |" in text
+    assert "page 16 rows 64 | 96 | 64 | ld.global 16 B: 4, wgmma: 12 |" in text
