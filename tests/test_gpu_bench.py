@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_a_contender_that_is_wrong_absent_or_fails_has_no_time() -> None:
 def test_packages_that_are_not_here_are_said_so(name: str) -> None:
     contender = peer(name)
     assert contender.needs in ("xformers", "flashinfer")
-    assert contender.installed == (problems.find_spec(contender.needs) is not None)
+    assert contender.installed == (find_spec(contender.needs) is not None)
 
 
 # --- commit
