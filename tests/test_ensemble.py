@@ -500,7 +500,7 @@ def test_draws_come_before_lookups_and_each_node_is_proposed_once_by_them() -> N
         (1, {"proposer": ["tree", "ngram"],
              "proposer_options": {"tree": {"tree": (2,), "kind": "coupled"}}}, SAMPLED, {"gumbel"}),
     ],
-    ids=str,
+    ids=["draft and ngram", "two drafts", "lookups", "greedy", "coupled tree"],
 )  # fmt: skip
 def test_rule_that_auto_means(
     make: Callable[..., Watched], drafts: int, options: dict[str, Any], params: SamplingParams,

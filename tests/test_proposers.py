@@ -67,8 +67,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *(("tree", {"shape": IRREGULAR, "kind": kind}) for kind in ("auto", "iid", "top_k", "coupled")),
     ("ensemble", {"members": ["suffix", "tree", "ngram"], "tree": {"tree": (2, 2)}}),
 ]
+
+
+def spelt(options: dict[str, Any]) -> str:
+    """The same in every process that collects these tests."""
+    return str([v.name if isinstance(v, Path) else v for v in options.values()])
+
+
 each_proposer = pytest.mark.parametrize(
-    ("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else str([*v.values()])
+    ("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else spelt(v)
 )
 
 
