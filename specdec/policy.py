@@ -383,6 +383,8 @@ class CostPolicy(Policy):
         tried = self._drafting(costs, 1, context) + costs.verify_seconds(
             outlook.sizes[1] + 1, context
         )
+        if not outlook.history.read:  # the draft would have to read the whole prompt for it
+            tried += costs.catch_up * context
         return max(_FIRST_WAIT, min(int(_TRIAL_STEPS * (tried / plain - 1)), _LONGEST_WAIT))
 
     def _could_pay(self, costs: StepCosts, outlook: _Outlook) -> bool:
