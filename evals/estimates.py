@@ -67,19 +67,21 @@ def ratio(
     """sum of numerators over sum of denominators, one of each per cluster; None where nothing was
     counted.
 
-    Tokens of one text depend on each other, so the text is the cluster: the error is that of a
-    ratio estimator, sqrt(n / (n - 1) sum (a_i - r b_i)^2) / sum b_i (Cochran, Sampling Techniques,
-    section 6.3), over the n clusters with a denominator.
+    Tokens of one text depend on each other, so the text is the cluster. The error is the
+    jackknife's over the n clusters with a denominator, sqrt((n - 1) / n sum (r_i - r)^2), r_i being
+    the ratio without cluster i: that of a ratio estimator (Cochran, Sampling Techniques, section
+    6.3) takes the residuals of few, unequal clusters for smaller than they are (Efron and Stein
+    1981: the jackknife errs upwards).
     """
     pairs = [(a, b) for a, b in zip(numerators, denominators, strict=True) if b > 0]
     if not pairs:
         return None
-    total, n = sum(b for _, b in pairs), len(pairs)
-    value = sum(a for a, _ in pairs) / total
+    above, total, n = sum(a for a, _ in pairs), sum(b for _, b in pairs), len(pairs)
+    value = above / total
     if n == 1:
         return Estimate(value, nan, 1, bounds, total)
-    squares = sum((a - value * b) ** 2 for a, b in pairs)
-    return Estimate(value, sqrt(n / (n - 1) * squares) / total, n, bounds, total)
+    squares = sum(((above - a) / (total - b) - value) ** 2 for a, b in pairs)
+    return Estimate(value, sqrt((n - 1) / n * squares), n, bounds, total)
 
 
 def student_quantile(probability: float, degrees: int) -> float:

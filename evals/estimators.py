@@ -39,7 +39,7 @@ class Case:
     rule: str
     tables: str = "correlated"
     seed: int = 1
-    tokens: int = 16
+    tokens: int = 32
 
     @property
     def name(self) -> str:
@@ -191,7 +191,7 @@ def coverage(case: Case, runs: int, texts: int) -> dict[str, Any]:
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 @click.option("--runs", type=click.IntRange(min=2), default=200, show_default=True)
-@click.option("--texts", type=click.IntRange(min=2), default=24, show_default=True)
+@click.option("--texts", type=click.IntRange(min=2), default=20, show_default=True)
 def main(out: Path, runs: int, texts: int) -> None:
     """Counts how often 95 % intervals cover the truth."""
     torch.set_num_threads(1)
