@@ -9,6 +9,7 @@ from itertools import accumulate
 from specdec.costs import StepCosts
 from specdec.errors import InvalidArgumentError
 from specdec.proposers import Proposer
+from specdec.rates import Rates
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
 from specdec.verifier import Verdict
@@ -120,13 +121,12 @@ class ConfidencePolicy(Policy):
         return [self.num_draft_tokens] * len(sequences)
 
 
-# How quickly a sequence's old tries lose weight, and how many count of all sequences; what a rate
-# is taken for before anything was seen; for how many hits a first guess counts, and one from other
-# sequences; the same of what is usual, in one situation and at one depth (there in tries), where a
-# proposer tells situations apart and where streaks do; after how many steps without a draft one is
-# tried again, at least, at most, and per step that a try costs. Chosen by replaying texts of the
-# built-in pair and drafts of known acceptance.
-_KEEP, _MOST_TRIES, _GUESS = 0.975, 300, 0.65
+# What a rate is taken for before anything was seen; for how many hits a first guess counts, and one
+# from other sequences; the same of what is usual, in one situation and at one depth (there in
+# tries), where a proposer tells situations apart and where streaks do; after how many steps without
+# a draft one is tried again, at least, at most, and per step that a try costs. Chosen by replaying
+# texts of the built-in pair and drafts of known acceptance.
+_GUESS = 0.65
 _GUESS_WEIGHT, _COMMON_WEIGHT = 2.0, 15.0
 _WEIGHTS, _STREAK_WEIGHTS = (2.0, 12.0), (12.0, 30.0)
 _FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
@@ -135,73 +135,11 @@ _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
 _STREAKS, _LENGTHS = 4, 6  # kinds of what became of the last drafts, of lengths of a free one
 _EVERYWHERE = -1  # stands for all situations together
-_HIGHEST, _LEAST_REACH = 0.999, 0.03  # a node below that one is not worth a thought
-
-
-class _Rates:
-    """How often a drafted token of each depth was accepted, where the one above it was, beside a
-    guess at that."""
-
-    __slots__ = ("expected", "hits", "total", "tries")
-
-    def __init__(self, depth: int) -> None:
-        self.tries, self.hits = [0.0] * (depth + 1), [0.0] * (depth + 1)
-        self.total, self.expected = 0.0, 0.0  # hits, seen and guessed
-
-    def ratio(self, weight: float, usual: float = 1.0) -> float:
-        """How much better than guessed; `usual` counts for `weight` expected hits."""
-        return (self.total + weight * usual) / (self.expected + weight)
-
-    def reach(self, guess: Items[float], ratio: float, most: int, weight: float) -> list[float]:
-        """The probability that the text follows the draft to depth 1, 2, ... most, as far as that
-        is worth a thought. What was seen at a depth counts beside what is usual, for `weight`
-        tries: one bad step at some depth must not keep deeper ones from being tried."""
-        hits, tries, found, alive = self.hits, self.tries, [], 1.0
-        for depth in range(1, most + 1):
-            usual = min(1.0, guess[depth - 1] * ratio)
-            alive *= (hits[depth] + weight * usual) / (tries[depth] + weight)
-            found.append(alive)
-            if alive < _LEAST_REACH:
-                break
-        return found
-
-    def add(self, drafted: int, accepted: int, guess: Items[float]) -> None:
-        """One draft's outcome."""
-        tries, hits = self.tries, self.hits
-        total, expected = self.total, self.expected
-        for depth in range(1, min(accepted + 1, drafted, len(tries) - 1) + 1):
-            hit = depth <= accepted
-            tries[depth] = tries[depth] * _KEEP + 1
-            hits[depth] = hits[depth] * _KEEP + hit
-            total = total * _KEEP + hit
-            expected = expected * _KEEP + guess[depth - 1]
-        self.total, self.expected = total, expected
-
-    def merge(self, other: "_Rates") -> None:
-        """Takes in another sequence's; of many, older ones lose weight. The guess is told()'s."""
-        tries = [a + b for a, b in zip(self.tries, other.tries, strict=True)]
-        hits = [a + b for a, b in zip(self.hits, other.hits, strict=True)]
-        scale = min(1.0, _MOST_TRIES / max(1.0, *tries))
-        self.tries, self.hits = [scale * n for n in tries], [scale * n for n in hits]
-
-    def told(self, guess: Items[float], weight: float, at_depth: float) -> list[float]:
-        """The chance by depth, from 1 on, for a sequence of which nothing is known yet; weights as
-        in ratio() and reach()."""
-        tries, hits = self.tries[1:], self.hits[1:]
-        expected = sum(n * chance for n, chance in zip(tries, guess, strict=True))
-        ratio = (sum(hits) + weight) / (expected + weight)
-        return [
-            min(
-                _HIGHEST,
-                (hit + at_depth * min(1.0, chance * ratio)) / (tried + at_depth),
-            )
-            for hit, tried, chance in zip(hits, tries, guess, strict=True)
-        ]
 
 
 @dataclass(slots=True)
 class _Situation:
-    rates: _Rates
+    rates: Rates
     idle: int = 0  # steps since the last draft
     wait: int = 0  # idle steps after which one token is tried; 0: not known yet
     trying: bool = False  # the coming step does
@@ -211,7 +149,7 @@ class _Situation:
 class _History:
     """What the drafts of one sequence came to."""
 
-    rates: _Rates
+    rates: Rates
     steady: bool  # its text is the same whatever is drafted
     situations: dict[int, _Situation] = field(default_factory=dict)
     current: int = 0  # the situation of the coming step
@@ -246,7 +184,7 @@ class CostPolicy(Policy):
         """max_draft_tokens: nodes at most; None: 16 where a model drafts, else 32."""
         self._limit = None if max_draft_tokens is None else _checked(max_draft_tokens, least=0)
         self._histories: dict[Sequence, _History] = {}
-        self._common: dict[int, _Rates] = {}  # by situation, of all steady sequences
+        self._common: dict[int, Rates] = {}  # by situation, of all steady sequences
         self._guesses: dict[int, list[float]] = {}  # made from it
         self._costs: StepCosts | None = None
         self._seconds: dict[int, tuple[list[float], list[float]]] = {}  # by context
@@ -318,7 +256,7 @@ class CostPolicy(Policy):
         assert self._proposer is not None
         history = self._histories.get(sequence)
         if history is None:
-            history = _History(_Rates(self._depth), self._steady(sequence))
+            history = _History(Rates(self._depth), self._steady(sequence))
             self._histories[sequence] = history
         kind = min(most.bit_length(), _LENGTHS - 1) if self._proposer.free else history.streak
         history.current = self._proposer.situation(sequence) * self._kinds + kind
@@ -327,7 +265,7 @@ class CostPolicy(Policy):
         ratio = rates.ratio(weight)
         here = history.situations.get(history.current)
         if here is None:
-            here = history.situations[history.current] = _Situation(_Rates(self._depth))
+            here = history.situations[history.current] = _Situation(Rates(self._depth))
         if len(history.situations) > 1:
             rates, ratio = here.rates, here.rates.ratio(self._situation_weight, ratio)
         return _Outlook(
@@ -478,10 +416,10 @@ class CostPolicy(Policy):
             self._keep(situation, here.rates)
         self._guesses.clear()
 
-    def _keep(self, situation: int, rates: _Rates) -> None:
+    def _keep(self, situation: int, rates: Rates) -> None:
         known = self._common.get(situation)
         if known is None:
-            self._common[situation] = known = _Rates(self._depth)
+            self._common[situation] = known = Rates(self._depth)
         known.merge(rates)
 
 

@@ -31,6 +31,7 @@ LAYERS = [
     "verifier",
     "proposers",
     "profiling",
+    "rates",
     "policy",
     "scheduler",
     "engine",
