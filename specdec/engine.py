@@ -157,8 +157,7 @@ class Engine:
         room to measure them."""
         if self.proposer is None:
             return None
-        with one_thread():
-            return self._profiler.costs(sampling.law(), batch, max_depth)
+        return self._profiler.costs(sampling.law(), batch, max_depth)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every cache group is in order."""
@@ -277,8 +276,7 @@ class Engine:
         if not sequences:
             return []
         if self.proposer is not None:
-            with nullcontext() if self._uses_threads() else one_thread():
-                self.policy.prepare(sequences)
+            self.policy.prepare(sequences)
         try:
             with one_thread() if self._is_light(sequences) else nullcontext():
                 return self._advance(sequences)

@@ -186,6 +186,7 @@ class CostPolicy(Policy):
         self._histories: dict[Sequence, _History] = {}
         self._common: dict[int, Rates] = {}  # by situation, of all steady sequences
         self._guesses: dict[int, list[float]] = {}  # made from it
+        self._measured: tuple[int, object] = (0, None)  # last: how many sequences, of what law
         self._costs: StepCosts | None = None
         self._seconds: dict[int, tuple[list[float], list[float]]] = {}  # by context
         self._proposer: Proposer | None = None
@@ -216,6 +217,11 @@ class CostPolicy(Policy):
 
     def prepare(self, sequences: Items[Sequence]) -> None:
         assert self._measure is not None, "join first"
+        # laws are compared by identity
+        batch = len(sequences), sequences[0].law
+        if batch[0] == 1 and batch == self._measured:
+            return
+        self._measured = batch
         costs = self._measure(sequences, self._depth) if self._depth else None
         if costs is not self._costs:
             self._costs = costs

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Sequence as Items
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -12,6 +13,7 @@ import torch
 from specdec.cache import CachedSequence, CacheGroup
 from specdec.costs import CostCache, StepCosts, machine
 from specdec.errors import CacheFullError, NumericalError
+from specdec.forward import one_thread
 from specdec.proposers import Proposer
 from specdec.rng import Noise
 from specdec.runner import ModelRunner, SequenceRows
@@ -248,19 +250,13 @@ class Profiler:
         self._parts = verifier, proposer, noise
         self._groups, self._options = groups, options
         self._known: dict[tuple[int, str, int], StepCosts] = {}
-        self._asked: tuple[Law, int, int] | None = None  # last
-        self._answer: StepCosts | None = None
 
     def __call__(self, sequences: Items[Sequence], max_depth: int) -> StepCosts | None:
         """Costs of a step of this many sequences, sampled like these; as costs()."""
         law = sequences[0].law
         if law.greedy and len(sequences) > 1:
             law = next((s.law for s in sequences if not s.law.greedy), law)
-        asked = (law, len(sequences), max_depth)
-        if asked != self._asked:  # laws are compared by identity
-            self._answer = self.costs(*asked)
-            self._asked = asked
-        return self._answer
+        return self.costs(law, len(sequences), max_depth)
 
     def costs(self, law: Law, batch: int, max_depth: int) -> StepCosts | None:
         """Costs of a step of a batch, rounded up to a power of two, sampled by this law, down to a
@@ -269,11 +265,17 @@ class Profiler:
         mode = _mode(law)
         where = (batch, mode, max_depth)
         if where not in self._known:
-            found = self._find(batch, law, mode, max_depth)
+            with nullcontext() if self._uses_threads() else one_thread():
+                found = self._find(batch, law, mode, max_depth)
             if found is None:
                 return None
             self._known[where] = found
         return self._known[where]
+
+    def _uses_threads(self) -> bool:
+        """Whether some runner has work for a second thread in every pass, as in a real step."""
+        runners = (runner for group in self._groups for runner in group.memory)
+        return any(getattr(runner, "uses_threads", True) for runner in runners)
 
     def _find(self, batch: int, law: Law, mode: str, max_depth: int) -> StepCosts | None:
         verifier, proposer, noise = self._parts

@@ -50,6 +50,7 @@ class Seq:
 
     def __init__(self, length: int = 20, remaining: int = 1000) -> None:
         self.tokens, self.remaining = [0] * length, remaining
+        self.law = None
 
 
 def unsteady(sequence: Any) -> bool:
