@@ -83,11 +83,10 @@ def verify(
 ) -> None:  # fmt: skip
     """Audit whether a pair of models, with what drafts and the rule that accepts, is lossless.
 
-    Takes every outcome of the same settings on small tables; compares greedy texts with plain
-    decoding's; tests sampled texts against plainly sampled ones (or, under the rule gumbel,
-    compares them seed by seed); and plants mistakes that it must see. --num-draft-tokens auto is
-    taken as --policy constant, so that there is something to audit. Exit code 1 where the audit
-    fails.
+    Takes every outcome of the same settings, with small drafts, on small tables; compares greedy
+    texts with plain decoding's; tests sampled texts against plainly sampled ones (or, under the
+    rule gumbel, compares them seed by seed); and plants mistakes that it must see. --policy auto is
+    taken as constant, so that there is something to audit. Exit code 1 where the audit fails.
     """
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p)
     plan = Plan(detect_tv, power, level, sampled_tokens, cells, sampled_prompts, max_new_tokens)

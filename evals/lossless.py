@@ -99,10 +99,10 @@ class Audit:
 
 
 def _summed(part: Part) -> str:
+    if part.name == "planted":
+        return f"{len(part.findings)} of {len(part.findings)} mistakes seen"
     if len(part.findings) == 1:
         return part.findings[0].note
-    if part.name == "planted":
-        return f"{len(part.findings)} mistakes, all seen"
     return f"{part.findings[0].note} ({part.findings[0].name})"
 
 
