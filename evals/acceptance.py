@@ -173,16 +173,21 @@ def _no_paths() -> Paths:
 def summary(tallies: Sequence[Tally]) -> dict[str, Any]:
     """Estimates of everything that is counted; None where nothing was."""
 
-    def rate(over: Callable[[Tally], float], under: Callable[[Tally], float]) -> Estimate | None:
-        return ratio([over(t) for t in tallies], [under(t) for t in tallies])
+    def rate(
+        over: Callable[[Tally], float], under: Callable[[Tally], float],
+        bounds: tuple[float, float] | None = (0, 1),
+    ) -> Estimate | None:  # fmt: skip
+        return ratio([over(t) for t in tallies], [under(t) for t in tallies], bounds)
 
     depth = max((len(t.offered) for t in tallies), default=0)
     ranks = max((len(t.reached) for t in tallies), default=0)
     rates = {
         "acceptance_rate": rate(lambda t: t.accepted, lambda t: t.drafted),
-        "tokens_per_target_pass": rate(lambda t: t.tokens, lambda t: t.steps),
+        "tokens_per_target_pass": rate(
+            lambda t: t.tokens, lambda t: t.steps, (1, 1 + depth) if depth else None
+        ),
         "overlap": rate(lambda t: t.overlap, lambda t: t.overlaps),
-        "draft_entropy": rate(lambda t: t.entropy, lambda t: t.laws),
+        "draft_entropy": rate(lambda t: t.entropy, lambda t: t.laws, None),
     }
     by_position = [
         rate(lambda t, i=i: _at(t.kept, i), lambda t, i=i: _at(t.offered, i))  # type: ignore[misc]

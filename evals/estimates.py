@@ -13,18 +13,40 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A ratio of sums over clusters; error: its standard error, nan where one cluster is all."""
+    """A ratio of sums over clusters; error: its standard error, nan where one cluster is all.
+
+    bounds: between which it must lie; count: its denominator.
+    """
 
     value: float
     error: float
     clusters: int  # that had something to count
+    bounds: tuple[float, float] | None = None
+    count: float = 0.0
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
-        """By Student's law; unbounded where the error is unknown."""
+        """By Student's law; unbounded, or the bounds, where the error is unknown.
+
+        With bounds it is Wilson's, of a share of so many independent tries as would have this
+        error: near a bound the simple interval covers too little (Korn and Graubard 1998, Survey
+        Methodology 24, section 2, has the effective number; Brown, Cai and DasGupta 2001, section
+        3, the intervals).
+        """
         if self.error != self.error:
-            return -inf, inf
-        reach = student_quantile((1 + confidence) / 2, self.clusters - 1) * self.error
-        return self.value - reach, self.value + reach
+            return self.bounds or (-inf, inf)
+        reach = student_quantile((1 + confidence) / 2, self.clusters - 1)
+        if self.bounds is None:
+            return self.value - reach * self.error, self.value + reach * self.error
+        low, high = self.bounds
+        share, error = (self.value - low) / (high - low), self.error / (high - low)
+        spread = share * (1 - share)
+        if spread > 0 and error == 0:
+            return self.value, self.value
+        tries = spread / error**2 if error > 0 else self.count
+        square = reach**2 / tries
+        middle = (share + square / 2) / (1 + square)
+        half = sqrt(square * (max(spread, 0.0) + square / 4)) / (1 + square)
+        return low + (high - low) * (middle - half), low + (high - low) * (middle + half)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; nan becomes None."""
@@ -38,7 +60,10 @@ class Estimate:
         }  # fmt: skip
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate | None:
+def ratio(
+    numerators: Sequence[float], denominators: Sequence[float],
+    bounds: tuple[float, float] | None = None,
+) -> Estimate | None:  # fmt: skip
     """sum of numerators over sum of denominators, one of each per cluster; None where nothing was
     counted.
 
@@ -52,9 +77,9 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     total, n = sum(b for _, b in pairs), len(pairs)
     value = sum(a for a, _ in pairs) / total
     if n == 1:
-        return Estimate(value, nan, 1)
+        return Estimate(value, nan, 1, bounds, total)
     squares = sum((a - value * b) ** 2 for a, b in pairs)
-    return Estimate(value, sqrt(n / (n - 1) * squares) / total, n)
+    return Estimate(value, sqrt(n / (n - 1) * squares) / total, n, bounds, total)
 
 
 def student_quantile(probability: float, degrees: int) -> float:

@@ -77,3 +77,45 @@ def test_interval_is_symmetric() -> None:
     low, high = Estimate(0.4, 0.1, 20).interval()
     assert (low + high) / 2 == pytest.approx(0.4)
     assert high - low == pytest.approx(2 * 2.093 * 0.1, rel=1e-3)
+
+
+def test_interval_stays_inside_its_bounds() -> None:
+    """Wilson's: 9 of 10 independent tries, by the tables of the normal law's 1.96."""
+    found = ratio([1.0] * 900 + [0.0] * 100, [1.0] * 1000, (0, 1))
+    assert found is not None
+    assert found.interval() == pytest.approx((0.8798, 0.9171), abs=2e-4)
+    low, high = Estimate(0.99, 0.02, 12, (0, 1), 50).interval()
+    assert 0 < low < 0.95
+    assert 0.99 < high < 1
+    twice = Estimate(1 + 2 * 0.99, 0.04, 12, (1, 3), 50).interval()
+    assert twice == pytest.approx((1 + 2 * low, 1 + 2 * high))
+
+
+def test_nothing_but_hits_leaves_room_for_a_miss() -> None:
+    found = ratio([4.0, 6.0, 5.0], [4.0, 6.0, 5.0], (0, 1))
+    assert found is not None
+    low, high = found.interval()
+    assert high == pytest.approx(1)
+    assert 0.3 < low < 0.7
+    exact = ratio([0.5, 0.5], [1.0, 1.0], (0, 1))
+    assert exact is not None
+    assert exact.interval() == (0.5, 0.5)
+    assert Estimate(0.5, float("nan"), 1, (0, 1), 9).interval() == (0, 1)
+
+
+def test_rare_misses_are_covered() -> None:
+    """2 % misses among 120 tries in 24 texts: the simple interval covers less."""
+    rng = np.random.default_rng(1)
+    covered = simple = 0
+    for _ in range(1000):
+        hits = rng.binomial(5, 0.98, 24)
+        found = ratio(hits.tolist(), [5] * 24, (0, 1))
+        plain = ratio(hits.tolist(), [5] * 24)
+        assert found is not None
+        assert plain is not None
+        low, high = found.interval()
+        covered += low <= 0.98 <= high
+        low, high = plain.interval()
+        simple += low <= 0.98 <= high
+    assert 920 <= covered <= 980
+    assert simple < covered
