@@ -253,7 +253,7 @@ def optimal_trees(files: Files) -> Lines:
             )  # fmt: skip
     return [
         "Tokens per target pass of optimal trees (Sequoia): predicted from acceptance by depth and",
-        "rank on half of the held-out prompts, measured on the other half, beside other drafts of",
+        "rank on half of the held-out prompts for the other half, both ways; and other drafts of",
         f"as many nodes; {raw['prompts']} prompts, {raw['samples']} samples each of",
         f"{raw['new_tokens']} tokens, float32. `python -m specdec.evals.optimal_trees`.",
         "",
