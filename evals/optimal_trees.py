@@ -1,6 +1,7 @@
 """Optimal trees on the built-in pair: how well acceptance by depth and rank, measured on half of
 the prompts, predicts the tokens per target pass of the trees built from it on the other half, and
-the other way round; and such trees against chains, dynamic trees and stochastic-beam trees of as many nodes.
+the other way round; and such trees against chains, dynamic trees and stochastic-beam trees of as
+many nodes.
 
 Acceptance is measured twice. A wide tree shows many ranks, but what is reached below its side
 branches is accepted less often than what follows the draft's first choices. So the best tree for
