@@ -96,18 +96,3 @@ def verify_power(files: Files) -> Lines:
             for name, null in raw["null"].items()
         ),
     ]
-
-
-def optimal_trees(files: Files) -> Lines:
-    [raw] = files.values()
-    rows = [
-        [setting, rank, f"{rate:.3f}"]
-        for setting, found in raw["settings"].items()
-        for rank, rate in enumerate(found["acceptance_by_rank"], 1)
-    ]
-    return [
-        "How often the k-th child of a node is the accepted one: optimal trees are made of that.",
-        "`python -m specdec.evals.optimal_trees`.",
-        "",
-        *table(["setting", "rank", "accepted"], rows),
-    ]

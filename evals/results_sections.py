@@ -15,7 +15,6 @@ from specdec.evals.results_audits import (
     estimators,
     exact_matrix,
     mutation,
-    optimal_trees,
     predicted_speed,
     verify_power,
 )
@@ -413,7 +412,6 @@ SECTIONS: list[Section] = [
     Section("What a lossless audit sees", "verify_power.json", verify_power),
     Section("Intervals against the truth", "estimators.json", estimators),
     Section("Predicted and measured speed", "predicted_speed.json", predicted_speed),
-    Section("Acceptance by rank", "optimal_trees.json", optimal_trees),
     Section("Bytes of tree attention", "attention_traffic.json", attention_traffic),
 ]
 # Patterns of runs that need not be there.
