@@ -121,16 +121,19 @@ class ConfidencePolicy(Policy):
 
 
 # How quickly a sequence's old tries lose weight, and how many count of all sequences; what a rate
-# is taken for before anything was seen; for how many hits a first guess counts, one in a situation,
-# and one from other sequences; for how many tries the rate over all depths counts at each; after
-# how many steps without a draft one is tried again, at least, at most, and per step that a try
-# costs.
-_KEEP, _MOST_TRIES, _GUESS = 0.985, 300, 0.65
-_GUESS_WEIGHT, _SITUATION_WEIGHT, _COMMON_WEIGHT, _DEPTH_WEIGHT = 2.0, 2.0, 20.0, 12.0
+# is taken for before anything was seen; for how many hits a first guess counts, and one from other
+# sequences; the same of what is usual, in one situation and at one depth (there in tries), where a
+# proposer tells situations apart and where streaks do; after how many steps without a draft one is
+# tried again, at least, at most, and per step that a try costs. Chosen by replaying texts of the
+# built-in pair and drafts of known acceptance.
+_KEEP, _MOST_TRIES, _GUESS = 0.975, 300, 0.65
+_GUESS_WEIGHT, _COMMON_WEIGHT = 2.0, 15.0
+_WEIGHTS, _STREAK_WEIGHTS = (2.0, 12.0), (12.0, 30.0)
 _FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
+_STREAKS, _LENGTHS = 4, 6  # kinds of what became of the last drafts, of lengths of a free one
 _EVERYWHERE = -1  # stands for all situations together
 _HIGHEST, _LEAST_REACH = 0.999, 0.03  # a node below that one is not worth a thought
 
@@ -149,14 +152,14 @@ class _Rates:
         """How much better than guessed; `usual` counts for `weight` expected hits."""
         return (self.total + weight * usual) / (self.expected + weight)
 
-    def reach(self, guess: Items[float], ratio: float, most: int) -> list[float]:
+    def reach(self, guess: Items[float], ratio: float, most: int, weight: float) -> list[float]:
         """The probability that the text follows the draft to depth 1, 2, ... most, as far as that
-        is worth a thought. What was seen at a depth counts beside what is usual: one bad step at
-        some depth must not keep deeper ones from being tried."""
+        is worth a thought. What was seen at a depth counts beside what is usual, for `weight`
+        tries: one bad step at some depth must not keep deeper ones from being tried."""
         hits, tries, found, alive = self.hits, self.tries, [], 1.0
         for depth in range(1, most + 1):
             usual = min(1.0, guess[depth - 1] * ratio)
-            alive *= (hits[depth] + _DEPTH_WEIGHT * usual) / (tries[depth] + _DEPTH_WEIGHT)
+            alive *= (hits[depth] + weight * usual) / (tries[depth] + weight)
             found.append(alive)
             if alive < _LEAST_REACH:
                 break
@@ -181,15 +184,16 @@ class _Rates:
         scale = min(1.0, _MOST_TRIES / max(1.0, *tries))
         self.tries, self.hits = [scale * n for n in tries], [scale * n for n in hits]
 
-    def told(self, guess: Items[float], weight: float) -> list[float]:
-        """The chance by depth, from 1 on, for a sequence of which nothing is known yet."""
+    def told(self, guess: Items[float], weight: float, at_depth: float) -> list[float]:
+        """The chance by depth, from 1 on, for a sequence of which nothing is known yet; weights as
+        in ratio() and reach()."""
         tries, hits = self.tries[1:], self.hits[1:]
         expected = sum(n * chance for n, chance in zip(tries, guess, strict=True))
         ratio = (sum(hits) + weight) / (expected + weight)
         return [
             min(
                 _HIGHEST,
-                (hit + _DEPTH_WEIGHT * min(1.0, chance * ratio)) / (tried + _DEPTH_WEIGHT),
+                (hit + at_depth * min(1.0, chance * ratio)) / (tried + at_depth),
             )
             for hit, tried, chance in zip(hits, tries, guess, strict=True)
         ]
@@ -211,6 +215,7 @@ class _History:
     steady: bool  # its text is the same whatever is drafted
     situations: dict[int, _Situation] = field(default_factory=dict)
     current: int = 0  # the situation of the coming step
+    streak: int = 0  # what became of the last drafts, where that tells situations apart
     read: int = 0  # tokens that the draft has read
     # what a chance is taken for by depth, before anything is known of this sequence
     guess: Items[float] = ()
@@ -251,6 +256,8 @@ class CostPolicy(Policy):
         self._depth = 0  # the deepest draft
         self._nodes: list[int] = []  # of a draft, by depth
         self._first_guess: list[float] = []
+        self._kinds = 1  # of situations that are one to the proposer
+        self._situation_weight, self._depth_weight = _WEIGHTS
 
     def join(self, proposer: Proposer, measure: Measure, steady: Steady) -> None:
         self._proposer, self._measure, self._steady = proposer, measure, steady
@@ -264,6 +271,10 @@ class CostPolicy(Policy):
             self._nodes.append(nodes)
         self._depth = len(self._nodes) - 1
         self._first_guess = [_GUESS] * self._depth
+        # A model is right in runs; a lookup that found more of a text is surer of it.
+        self._kinds = _LENGTHS if proposer.free else _STREAKS if proposer.draft_rows(1) else 1
+        if self._kinds == _STREAKS:
+            self._situation_weight, self._depth_weight = _STREAK_WEIGHTS
 
     def prepare(self, sequences: Items[Sequence]) -> None:
         assert self._measure is not None, "join first"
@@ -309,7 +320,8 @@ class CostPolicy(Policy):
         if history is None:
             history = _History(_Rates(self._depth), self._steady(sequence))
             self._histories[sequence] = history
-        history.current = self._proposer.situation(sequence)
+        kind = min(most.bit_length(), _LENGTHS - 1) if self._proposer.free else history.streak
+        history.current = self._proposer.situation(sequence) * self._kinds + kind
         weight = self._guess(history)
         guess, rates = history.guess, history.rates
         ratio = rates.ratio(weight)
@@ -317,8 +329,10 @@ class CostPolicy(Policy):
         if here is None:
             here = history.situations[history.current] = _Situation(_Rates(self._depth))
         if len(history.situations) > 1:
-            rates, ratio = here.rates, here.rates.ratio(_SITUATION_WEIGHT, ratio)
-        return _Outlook(sequence, history, rates.reach(guess, ratio, most), sizes)
+            rates, ratio = here.rates, here.rates.ratio(self._situation_weight, ratio)
+        return _Outlook(
+            sequence, history, rates.reach(guess, ratio, most, self._depth_weight), sizes
+        )
 
     def _guess(self, history: _History) -> float:
         """Sets what sequences before it make likely; for how many expected hits it counts."""
@@ -327,10 +341,12 @@ class CostPolicy(Policy):
             return _GUESS_WEIGHT
         known = self._guesses.get(history.current)
         if known is None:
-            known = self._common[_EVERYWHERE].told(self._first_guess, _GUESS_WEIGHT)
+            known = self._common[_EVERYWHERE].told(
+                self._first_guess, _GUESS_WEIGHT, self._depth_weight
+            )
             here = self._common.get(history.current)
             if here is not None and len(self._common) > 2:
-                known = here.told(known, _SITUATION_WEIGHT)
+                known = here.told(known, self._situation_weight, self._depth_weight)
             self._guesses[history.current] = known
         history.guess = known
         return _COMMON_WEIGHT
@@ -443,6 +459,8 @@ class CostPolicy(Policy):
                 continue
             history = self._histories[sequence]
             depth, accepted = tree.max_depth, verdict.accepted
+            if self._kinds == _STREAKS:
+                history.streak = _streak(history.streak, depth, accepted)
             here = history.situations[history.current]
             for rates in (history.rates, here.rates):
                 rates.add(depth, accepted, history.guess)
@@ -465,6 +483,13 @@ class CostPolicy(Policy):
         if known is None:
             self._common[situation] = known = _Rates(self._depth)
         known.merge(rates)
+
+
+def _streak(before: int, depth: int, accepted: int) -> int:
+    """0: rejected at once, or nothing drafted yet; 1: in part; 2: accepted whole; 3: again."""
+    if accepted == depth:
+        return 3 if before >= 2 else 2
+    return int(accepted > 0)
 
 
 def _worth(outlook: _Outlook, most: int, least: float) -> int:

@@ -186,6 +186,18 @@ def test_each_situation_is_learnt_apart() -> None:
     assert sum(seen[0][15:]) < 12
 
 
+def test_runs_of_a_model_are_learnt() -> None:
+    """A draft that is right in every second step drafts then, and hardly between."""
+    policy, sequence = cost_policy(costs(0.1, 0.9, 0.1)), Seq()
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    right = 0
+    for _ in range(160):
+        nodes = advance(policy, sequence, whole if right else none)
+        seen[right].append(nodes)
+        right = 1 - right if nodes else right
+    assert min(seen[1][40:]) > 2 * sum(seen[0][40:]) / len(seen[0][40:])
+
+
 def test_missed_context_is_paid_for() -> None:
     """A draft that has a long text to read before its first token must promise more."""
     known = costs(0.1)
@@ -251,6 +263,7 @@ def test_sequences_whose_text_is_fixed_learn_from_each_other() -> None:
     for steady, wanted in ((True, 0), (False, 2)):
         policy = CostPolicy()
         policy.join(Sketch(), lambda *_: known, lambda _, steady=steady: steady)  # type: ignore[misc]
+        planned: list[int] = []
         for _ in range(4):
             sequence = Seq()
             planned = [advance(policy, sequence, none) for _ in range(20)]
