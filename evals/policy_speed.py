@@ -19,6 +19,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,8 +46,9 @@ ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 class Racer(ABC):
     """One way to continue a prompt."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tokens: int) -> None:
         self.name = name
+        self.tokens = tokens  # of a text, at most
         self.seconds: list[float] = []  # per prompt
         self.texts: list[tuple[int, ...]] = []
         self.begun = 0  # tokens of the step that also read the prompt; 0: not known
@@ -70,14 +72,15 @@ class EngineRacer(Racer):
     """An Engine."""
 
     def __init__(self, name: str, target: Any, tokens: int, temperature: float, **how: Any) -> None:
-        super().__init__(name)
+        super().__init__(name, tokens)
         self.engine = Engine(target, grow=True, **how)
-        self._params = SamplingParams(max_new_tokens=tokens, temperature=temperature)
+        self._temperature = temperature
         self._admission = 0.0
 
     def start(self, prompt: list[int], seed: int) -> None:
         began = time.thread_time()
-        self.engine.add_request(prompt, self._params, seed=seed)
+        params = SamplingParams(max_new_tokens=self.tokens, temperature=self._temperature)
+        self.engine.add_request(prompt, params, seed=seed)
         self._admission, self.begun = time.thread_time() - began, 0
 
     def advance(self) -> tuple[list[float], bool]:
@@ -100,10 +103,12 @@ class EngineRacer(Racer):
 
 
 class CallRacer(Racer):
-    """A function that does all at once; run(prompt) -> the new tokens."""
+    """A function that does all at once; run(prompt, tokens) -> the new tokens."""
 
-    def __init__(self, name: str, run: Callable[[list[int]], tuple[int, ...]]) -> None:
-        super().__init__(name)
+    def __init__(
+        self, name: str, tokens: int, run: Callable[[list[int], int], tuple[int, ...]]
+    ) -> None:
+        super().__init__(name, tokens)
         self._run = run
         self._prompt: list[int] = []
         self._text: tuple[int, ...] = ()
@@ -114,7 +119,7 @@ class CallRacer(Racer):
 
     def advance(self) -> tuple[list[float], bool]:
         began = time.thread_time()
-        self._text = self._run(self._prompt)
+        self._text = self._run(self._prompt, self.tokens)
         return [(time.thread_time() - began) / len(self._text)] * len(self._text), False
 
     def text(self) -> tuple[int, ...]:
@@ -186,6 +191,17 @@ def _decoding(racer: Racer) -> float:
     return tokens / (sum(racer.seconds) - sum(racer.begin_seconds))
 
 
+def hold_to(
+    helds: Sequence[HeldRunner], racers: Sequence[Racer], ids: Sequence[list[int]],
+    wholes: Sequence[list[int]], index: int,
+) -> None:  # fmt: skip
+    """The reference is what is said, and all of it."""
+    for held in helds:
+        held.text = torch.tensor(wholes[index])
+    for racer in racers:
+        racer.tokens = len(wholes[index]) - len(ids[index])
+
+
 def read(name: str, count: int, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts, and where the set has them the continuations."""
     found = prompt_sets.load(name)[:count]
@@ -247,12 +263,9 @@ def sets(
             for proposer in LENGTHS:
                 helds, racers = field(big, draft, name == HELD, tokens, temperature, proposer)
 
-                def hold(index: int, helds: list[HeldRunner] = helds, wholes: Any = wholes) -> None:
-                    for each in helds:
-                        each.text = torch.tensor(wholes[index])
-
                 label = f"{name}, T={temperature:g}, {proposer}"
-                race(racers, ids, rounds, label, hold)
+                hold = [partial(hold_to, helds, racers, ids, wholes)] if helds else []
+                race(racers, ids, rounds, label, *hold)
                 if any(r.texts != racers[0].texts for r in racers):
                     raise click.ClickException(f"{label}: the texts differ: not lossless")
                 result["sets"][label] = outcome(racers)
@@ -344,8 +357,8 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
         ),
     ]
 
-    def transformers(**options: Any) -> Callable[[list[int]], tuple[int, ...]]:
-        def run(prompt: list[int]) -> tuple[int, ...]:
+    def transformers(**options: Any) -> Callable[[list[int], int], tuple[int, ...]]:
+        def run(prompt: list[int], tokens: int) -> tuple[int, ...]:
             with torch.no_grad():
                 ids = theirs.generate(
                     torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False,
@@ -355,10 +368,11 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
 
         return run
 
-    racers.append(CallRacer("transformers", transformers()))
+    racers.append(CallRacer("transformers", tokens, transformers()))
     racers += [
         CallRacer(
             f"transformers lookup {n}, ngram {size}",
+            tokens,
             transformers(prompt_lookup_num_tokens=n, max_matching_ngram_size=size),
         )
         for n in (4, 8, 16, 32)
@@ -366,8 +380,7 @@ def lookup(dtype: str, count: int, tokens: int, rounds: int, out: Path) -> None:
     ]
 
     def hold(index: int) -> None:
-        for each in helds:
-            each.text = torch.tensor(wholes[index])
+        hold_to(helds, racers, ids, wholes, index)
         processors[:] = [HeldTo(wholes[index])]
 
     race(racers, ids, rounds, "lookup", hold)
