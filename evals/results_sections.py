@@ -142,10 +142,15 @@ def _spread(found: Raw | None) -> str:
 def _policy_row(label: str, found: Raw) -> list[object]:
     speed = found["speed against plain"]
     best = found["best fixed"]
-    return [label, speed["auto"], best, speed[best], found["auto against best fixed"]]
+    decoding = found["decoding against plain"]["auto"]
+    return [label, speed["auto"], decoding, best, speed[best], found["auto against best fixed"]]
 
 
-_POLICY_HEADS = ["", "auto against plain", "best fixed", "that against plain", "auto against it"]
+_POLICY_HEADS = [
+    "", "auto against plain", "decoding alone", "best fixed", "that against plain",
+    "auto against it",
+]  # fmt: skip
+_DECODING = "Decoding alone leaves out the step that reads the prompt."
 
 
 def policy_sets(files: Files) -> Lines:
@@ -154,7 +159,7 @@ def policy_sets(files: Files) -> Lines:
     return [
         "Adaptive drafting beside fixed lengths and plain decoding on the built-in pair;",
         "copy_edits is held to its reference, the draft on random text has shuffled weights.",
-        "Rounds repeat prompts, and `suffix` remembers: its greedy figures are of repetitions.",
+        "At T=1 the rule is `gumbel`, under which all write the same text. " + _DECODING,
         "`python -m specdec.evals.policy_speed sets`.",
         "",
         *table(_POLICY_HEADS, rows),
@@ -166,7 +171,7 @@ def policy_synthetic(files: Files) -> Lines:
     rows = [_policy_row(f"acceptance {a}", found) for a, found in raw["acceptance"].items()]
     return [
         f"SYNTHETIC drafts of a known acceptance; a pass of one costs {raw['share']:g} of a target",
-        "pass. `python -m specdec.evals.policy_speed synthetic`.",
+        f"pass. {_DECODING} `python -m specdec.evals.policy_speed synthetic`.",
         "",
         *table(_POLICY_HEADS, rows),
     ]
@@ -174,15 +179,18 @@ def policy_synthetic(files: Files) -> Lines:
 
 def policy_lookup(files: Files) -> Lines:
     [raw] = files.values()
-    rows = list(raw["speed against plain"].items())
+    decoding = raw["decoding against plain"]
+    rows = [
+        [name, speed, decoding.get(name, "")] for name, speed in raw["speed against plain"].items()
+    ]
     return [
         "Prompt lookup on copy-heavy prompts, held to the copy on both sides; speeds against",
-        "plain specdec decoding. Against the best of transformers,",
+        f"plain specdec decoding. {_DECODING} Against the best of transformers,",
         f"{raw['best of transformers']}: auto {raw['auto against it']:.2f}, {raw['best fixed']}",
         f"{raw['best fixed against it']:.2f}.",
         "`python -m specdec.evals.policy_speed lookup`.",
         "",
-        *table(["", "speed"], rows),
+        *table(["", "speed", "decoding alone"], rows),
     ]
 
 
@@ -198,6 +206,50 @@ def rule_choice(files: Files) -> Lines:
         "`python -m specdec.evals.rule_choice`.",
         "",
         *rule_table.table(raw),
+    ]
+
+
+def block_gain(files: Files) -> Lines:
+    [raw] = files.values()
+    rows = [
+        [
+            f"T = {float(temperature):g}, {len(row['shape'])} drafted, `{row['rule']}`",
+            rule_table.cell(row),
+            row["over_first_of_shape"],
+        ]
+        for temperature, found in raw["temperatures"].items()
+        for row in found
+    ]
+    return [
+        "Block against token-wise verification of chains; the built-in pair in float32,",
+        f"{raw['prompts']} held-out prompts, {raw['samples']} samples each of",
+        f"{raw['new_tokens']} tokens. `python -m specdec.evals.rule_choice --chain 8`.",
+        "",
+        *table(["", "tokens per target pass", "over `token`"], rows),
+    ]
+
+
+def optimal_trees(files: Files) -> Lines:
+    [raw] = files.values()
+    rows = []
+    for setting, found in raw["settings"].items():
+        for size in found["sizes"]:
+            rates = {name: rule_table.cell(its) for name, its in size["contenders"].items()}
+            other = next((n for n in rates if n not in ("optimal tree", "chain")), "")
+            rows.append(
+                [
+                    f"{setting}, {size['nodes']} nodes", size["predicted"], rates["optimal tree"],
+                    size["predicted_over_measured"], rates["chain"],
+                    size["optimal_tree_over_chain"], f"{other} {rates.get(other, '')}".strip(),
+                ]
+            )  # fmt: skip
+    return [
+        "Tokens per target pass of optimal trees (Sequoia): predicted from acceptance by depth and",
+        "rank on half of the held-out prompts, measured on the other half, beside other drafts of",
+        f"as many nodes; {raw['prompts']} prompts, {raw['samples']} samples each of",
+        f"{raw['new_tokens']} tokens, float32. `python -m specdec.evals.optimal_trees`.",
+        "",
+        *table(["", "predicted", "measured", "ratio", "chain", "tree over chain", "another"], rows),
     ]
 
 
@@ -348,6 +400,8 @@ SECTIONS: list[Section] = [
     Section("Adaptive drafting with synthetic drafts", "policy_synthetic.json", policy_synthetic),
     Section("Prompt lookup on copies", "policy_lookup.json", policy_lookup),
     Section("Rules and trees", "rule_choice.json", rule_choice),
+    Section("Block verification", "block_gain.json", block_gain),
+    Section("Optimal trees", "optimal_trees.json", optimal_trees),
     Section("Ensembles", "ensemble.json", ensemble),
     Section("Boost-tuned drafts", "boost_tuning.json", boost),
     Section("The acceptance core", "core_speed.json", core_speed),
