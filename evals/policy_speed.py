@@ -181,6 +181,11 @@ def outcome(racers: Sequence[Racer]) -> dict[str, Any]:
         },
         "best fixed": best[0],
         "auto against best fixed": best[1] / total["auto"],
+        "tokens per target pass": {
+            each.name: each.engine.stats.tokens_per_target_pass
+            for each in racers
+            if isinstance(each, EngineRacer)
+        },
         "seconds": {each.name: each.seconds for each in racers},
     }
 

@@ -120,15 +120,15 @@ class ConfidencePolicy(Policy):
         return [self.num_draft_tokens] * len(sequences)
 
 
-# How quickly old tries lose weight, in a sequence and over all; what a rate is taken for before
-# anything was seen; for how many tries a first guess counts, and one from other sequences; for how
-# many the rate over all depths counts at each; after how many steps without a draft one is tried
-# again, at least, at most, and per step that a try costs.
-_KEEP, _KEEP_COMMON, _GUESS = 0.985, 0.998, 0.6
-_GUESS_WEIGHT, _SITUATION_WEIGHT, _COMMON_WEIGHT, _DEPTH_WEIGHT = 2.0, 2.0, 12.0, 12.0
+# How quickly a sequence's old tries lose weight, and how many count of all sequences; what a rate
+# is taken for before anything was seen; for how many hits a first guess counts, one in a situation,
+# and one from other sequences; for how many tries the rate over all depths counts at each; after
+# how many steps without a draft one is tried again, at least, at most, and per step that a try
+# costs.
+_KEEP, _MOST_TRIES, _GUESS = 0.985, 300, 0.65
+_GUESS_WEIGHT, _SITUATION_WEIGHT, _COMMON_WEIGHT, _DEPTH_WEIGHT = 2.0, 2.0, 20.0, 12.0
 _FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_GUESSES_HOLD = 8  # drafts for which what is known of all sequences is not looked at anew
 _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
 _EVERYWHERE = -1  # stands for all situations together
@@ -139,32 +139,22 @@ class _Rates:
     """How often a drafted token of each depth was accepted, where the one above it was, beside a
     guess at that."""
 
-    __slots__ = ("expected", "hits", "keep", "total", "tries")
+    __slots__ = ("expected", "hits", "total", "tries")
 
-    def __init__(self, depth: int, keep: float) -> None:
+    def __init__(self, depth: int) -> None:
         self.tries, self.hits = [0.0] * (depth + 1), [0.0] * (depth + 1)
         self.total, self.expected = 0.0, 0.0  # hits, seen and guessed
-        self.keep = keep
 
     def ratio(self, weight: float, usual: float = 1.0) -> float:
         """How much better than guessed; `usual` counts for `weight` expected hits."""
         return (self.total + weight * usual) / (self.expected + weight)
 
-    def chances(self, guess: Items[float], ratio: float, most: int) -> list[float]:
-        """By depth, from 1 to most. What was seen at a depth counts beside what is usual: one bad
-        step at some depth must not keep deeper ones from being tried."""
-        hits, tries, found = self.hits, self.tries, []
-        for depth in range(1, most + 1):
-            usual = min(1.0, guess[depth - 1] * ratio)
-            chance = (hits[depth] + _DEPTH_WEIGHT * usual) / (tries[depth] + _DEPTH_WEIGHT)
-            found.append(min(_HIGHEST, chance))
-        return found
-
     def reach(self, guess: Items[float], ratio: float, most: int) -> list[float]:
-        """The probability that the text follows the draft to depth 1, 2, ..., as far as that is
-        worth a thought."""
+        """The probability that the text follows the draft to depth 1, 2, ... most, as far as that
+        is worth a thought. What was seen at a depth counts beside what is usual: one bad step at
+        some depth must not keep deeper ones from being tried."""
         hits, tries, found, alive = self.hits, self.tries, [], 1.0
-        for depth in range(1, most + 1):  # as chances(), which a step has no time for
+        for depth in range(1, most + 1):
             usual = min(1.0, guess[depth - 1] * ratio)
             alive *= (hits[depth] + _DEPTH_WEIGHT * usual) / (tries[depth] + _DEPTH_WEIGHT)
             found.append(alive)
@@ -173,15 +163,36 @@ class _Rates:
         return found
 
     def add(self, drafted: int, accepted: int, guess: Items[float]) -> None:
-        tries, hits, keep = self.tries, self.hits, self.keep
+        """One draft's outcome."""
+        tries, hits = self.tries, self.hits
         total, expected = self.total, self.expected
         for depth in range(1, min(accepted + 1, drafted, len(tries) - 1) + 1):
             hit = depth <= accepted
-            tries[depth] = tries[depth] * keep + 1
-            hits[depth] = hits[depth] * keep + hit
-            total = total * keep + hit
-            expected = expected * keep + guess[depth - 1]
+            tries[depth] = tries[depth] * _KEEP + 1
+            hits[depth] = hits[depth] * _KEEP + hit
+            total = total * _KEEP + hit
+            expected = expected * _KEEP + guess[depth - 1]
         self.total, self.expected = total, expected
+
+    def merge(self, other: "_Rates") -> None:
+        """Takes in another sequence's; of many, older ones lose weight. The guess is told()'s."""
+        tries = [a + b for a, b in zip(self.tries, other.tries, strict=True)]
+        hits = [a + b for a, b in zip(self.hits, other.hits, strict=True)]
+        scale = min(1.0, _MOST_TRIES / max(1.0, *tries))
+        self.tries, self.hits = [scale * n for n in tries], [scale * n for n in hits]
+
+    def told(self, guess: Items[float], weight: float) -> list[float]:
+        """The chance by depth, from 1 on, for a sequence of which nothing is known yet."""
+        tries, hits = self.tries[1:], self.hits[1:]
+        expected = sum(n * chance for n, chance in zip(tries, guess, strict=True))
+        ratio = (sum(hits) + weight) / (expected + weight)
+        return [
+            min(
+                _HIGHEST,
+                (hit + _DEPTH_WEIGHT * min(1.0, chance * ratio)) / (tried + _DEPTH_WEIGHT),
+            )
+            for hit, tried, chance in zip(hits, tries, guess, strict=True)
+        ]
 
 
 @dataclass(slots=True)
@@ -201,10 +212,8 @@ class _History:
     situations: dict[int, _Situation] = field(default_factory=dict)
     current: int = 0  # the situation of the coming step
     read: int = 0  # tokens that the draft has read
-    # What a chance is taken for by depth, before anything is known of this sequence: from other
-    # sequences in this situation, and from them in any.
+    # what a chance is taken for by depth, before anything is known of this sequence
     guess: Items[float] = ()
-    usual: Items[float] = ()
 
 
 @dataclass(slots=True)
@@ -233,8 +242,7 @@ class CostPolicy(Policy):
         self._limit = None if max_draft_tokens is None else _checked(max_draft_tokens, least=0)
         self._histories: dict[Sequence, _History] = {}
         self._common: dict[int, _Rates] = {}  # by situation, of all steady sequences
-        self._guesses: dict[int, tuple[list[float], list[float]]] = {}  # made from it
-        self._learnt = 0  # drafts since they were made
+        self._guesses: dict[int, list[float]] = {}  # made from it
         self._costs: StepCosts | None = None
         self._seconds: dict[int, tuple[list[float], list[float]]] = {}  # by context
         self._proposer: Proposer | None = None
@@ -299,7 +307,7 @@ class CostPolicy(Policy):
         assert self._proposer is not None
         history = self._histories.get(sequence)
         if history is None:
-            history = _History(_Rates(self._depth, _KEEP), self._steady(sequence))
+            history = _History(_Rates(self._depth), self._steady(sequence))
             self._histories[sequence] = history
         history.current = self._proposer.situation(sequence)
         weight = self._guess(history)
@@ -307,27 +315,24 @@ class CostPolicy(Policy):
         ratio = rates.ratio(weight)
         here = history.situations.get(history.current)
         if here is None:
-            here = history.situations[history.current] = _Situation(_Rates(self._depth, _KEEP))
+            here = history.situations[history.current] = _Situation(_Rates(self._depth))
         if len(history.situations) > 1:
             rates, ratio = here.rates, here.rates.ratio(_SITUATION_WEIGHT, ratio)
         return _Outlook(sequence, history, rates.reach(guess, ratio, most), sizes)
 
     def _guess(self, history: _History) -> float:
-        """Sets what other sequences make likely; for how many expected hits it counts."""
+        """Sets what sequences before it make likely; for how many expected hits it counts."""
         if not history.steady or not self._common:
-            history.guess = history.usual = self._first_guess
+            history.guess = self._first_guess
             return _GUESS_WEIGHT
         known = self._guesses.get(history.current)
         if known is None:
-            everywhere = self._common[_EVERYWHERE]
-            ratio = everywhere.ratio(_GUESS_WEIGHT)
-            usual = everywhere.chances(self._first_guess, ratio, self._depth)
+            known = self._common[_EVERYWHERE].told(self._first_guess, _GUESS_WEIGHT)
             here = self._common.get(history.current)
-            guess = usual
-            if here is not None:
-                guess = here.chances(usual, here.ratio(_SITUATION_WEIGHT), self._depth)
-            self._guesses[history.current] = known = guess, usual
-        history.guess, history.usual = known
+            if here is not None and len(self._common) > 2:
+                known = here.told(known, _SITUATION_WEIGHT)
+            self._guesses[history.current] = known
+        history.guess = known
         return _COMMON_WEIGHT
 
     def _best_alone(self, costs: StepCosts, outlook: _Outlook) -> int:
@@ -443,24 +448,23 @@ class CostPolicy(Policy):
                 rates.add(depth, accepted, history.guess)
             if here.trying and accepted:  # again at once
                 here.idle = here.wait = max(_FIRST_WAIT, here.wait // 2)
-            if history.steady:
-                self._shared(_EVERYWHERE).add(depth, accepted, self._first_guess)
-                self._shared(history.current).add(depth, accepted, history.usual)
-                self._learnt += 1
-                if self._learnt >= _GUESSES_HOLD:
-                    self._learnt = 0
-                    self._guesses.clear()
             # called before the verdict's tokens are appended; a draft does not read its last token
             history.read = len(sequence.tokens) + min(accepted, depth - 1)
 
-    def _shared(self, situation: int) -> _Rates:
-        found = self._common.get(situation)
-        if found is None:
-            self._common[situation] = found = _Rates(self._depth, _KEEP_COMMON)
-        return found
-
     def forget(self, sequence: Sequence) -> None:
-        self._histories.pop(sequence, None)
+        history = self._histories.pop(sequence, None)
+        if history is None or not history.steady or not any(history.rates.tries):
+            return
+        self._keep(_EVERYWHERE, history.rates)
+        for situation, here in history.situations.items():
+            self._keep(situation, here.rates)
+        self._guesses.clear()
+
+    def _keep(self, situation: int, rates: _Rates) -> None:
+        known = self._common.get(situation)
+        if known is None:
+            self._common[situation] = known = _Rates(self._depth)
+        known.merge(rates)
 
 
 def _worth(outlook: _Outlook, most: int, least: float) -> int:
