@@ -78,7 +78,9 @@ def counted(
     kept: list[Any] = []
     patch.setattr(executor, "_init_args_hst", copied)
     out = torch.empty(shape.rows, shape.heads, shape.value_size, dtype=shape.dtype)
-    named = {"ancestor_bits" if name == "bits" else name: t for name, t in arguments.items()}
+    named: dict[str, Any] = {
+        "ancestor_bits" if name == "bits" else name: tensor for name, tensor in arguments.items()
+    }
     attention.tree_attention(**named, scale=0.3, out=out, split=shape.split)
     found: Counter[str] = Counter()
     for address, width in met:
