@@ -239,7 +239,7 @@ class CostPolicy(Policy):
 
     def cut(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> list[TokenTree]:
         assert self._proposer is not None, "join first"
-        if not self._proposer.free or self._costs is None:
+        if not self._proposer.free or self._costs is None or not any(map(len, trees)):
             return list(trees)
         pairs = zip(sequences, trees, strict=True)
         depths = self._choose([self._outlook(s, t.max_depth, _sizes(t)) for s, t in pairs])
