@@ -118,13 +118,17 @@ def test_audits_of_the_evaluation_become_tables() -> None:
         "verify_power": {"detect_tv": 0.01, "above": 0.02, "always_caught_above": 1,
                          "faults_above": 1, "null": {"laws": null}, "faults": [
             {"name": "walk: x", "total_variation": 0.1, "caught": 20, "runs": 20}]},
-        "optimal_trees": {"settings": {"sampled": {"acceptance_by_rank": [0.5, 0.125]}}},
+        "optimal_trees": {"prompts": 4, "samples": 2, "new_tokens": 8, "settings": {"sampled": {
+            "sizes": [{"nodes": 8, "predicted": 2.5, "predicted_over_measured": 1.25,
+                       "optimal_tree_over_chain": 1.5, "contenders": {
+                "optimal tree": {"tokens_per_target_pass": 2.0, "standard_error": 0.1},
+                "chain": {"tokens_per_target_pass": 1.75, "standard_error": 0.25}}}]}}},
     }  # fmt: skip
     rows = {
         "estimators": "| 1,1 token | 2 | 95.0% | 98.0% |",
         "predicted_speed": "| draft 2 | 1.50 | 1.40 | +7.1% | 2.25 |",
         "verify_power": "| walk: x | 0.1000 | 20 of 20 |",
-        "optimal_trees": "| sampled | 2 | 0.125 |",
+        "optimal_trees": "| sampled, 8 nodes | 2.50 | 2.00 ± 0.10 | 1.25 | 1.75 ± 0.25 | 1.50 |  |",
     }
     for section in SECTIONS:
         name = section.pattern.removesuffix(".json")
