@@ -199,6 +199,19 @@ def test_runs_of_a_model_are_learnt() -> None:
     assert min(seen[1][40:]) > 2 * sum(seen[0][40:]) / len(seen[0][40:])
 
 
+def test_whole_drafts_are_told_from_those_accepted_in_part() -> None:
+    policy, sequence = cost_policy(costs(0.1, 0.9, 0.1)), Seq()
+    seen: dict[bool, list[int]] = {True: [], False: []}
+    was_whole = False
+    for _ in range(200):
+        nodes = advance(policy, sequence, one if was_whole else whole)
+        seen[was_whole].append(nodes)
+        if nodes:
+            was_whole = not was_whole and nodes > 1
+    after_part, after_whole = (sum(seen[key][-30:]) / 30 for key in (False, True))
+    assert after_part > after_whole + 2
+
+
 def test_missed_context_is_paid_for() -> None:
     """A draft that has a long text to read before its first token must promise more."""
     known = costs(0.1)

@@ -38,6 +38,9 @@ def test_old_tries_lose_weight() -> None:
         rates.add(1, hit, GUESS)
     assert rates.hits[1] / rates.tries[1] < 0.02
     assert 30 < rates.tries[1] < 50
+    for _ in range(400):
+        rates.add(1, 1, GUESS)
+    assert rates.ratio(2.0) == pytest.approx((40 + 2) / (20 + 2), abs=0.01)
 
 
 def test_merged_rates_tell_the_next_sequence() -> None:
