@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 from specdec.acceptance import batched
 from specdec.acceptance.batched import Outcome, TreeBatch
-from specdec.kernels import verify as fused
+from specdec.kernels import verify as fused, verify_chains, verify_rows
 from specdec.kernels.verify import Trees, Verified, verify
 from specdec.rng import PhiloxNoise, StepNoise, split_seed
 from specdec.sampling import Truncation
@@ -369,14 +369,19 @@ def test_a_sequence_gets_the_same_alone_and_in_company() -> None:
 # Planted faults.
 
 
-FAULTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
-    "extra token from p": ("token", "_left_of", lambda *args, **_: args[1] / args[2]),
-    "half of every run": (
-        "token", "_first_rejected", lambda *args: tl.sum(args[0].to(tl.int64)) // 2,
+FAULTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
+    "extra token from p": (
+        "token", verify_chains, "_left_of", lambda *args, **_: args[1] / args[2],
     ),
-    "weights forgotten": ("block", "_chain_weights", lambda *args: args[1].to(tl.float64) * 0 + 1),
+    "half of every run": (
+        "token", verify_chains, "_first_rejected",
+        lambda *args: tl.sum(args[0].to(tl.int64)) // 2,
+    ),
+    "weights forgotten": (
+        "block", verify_chains, "_chain_weights", lambda *args: args[1].to(tl.float64) * 0 + 1,
+    ),
     "last token drawn": (
-        "walk", "pick_token",
+        "walk", verify_rows, "pick_token",
         lambda *args: tl.max(tl.where(args[1] > 0, args[0], 0)).to(tl.int64),
     ),
 }  # fmt: skip
@@ -384,10 +389,10 @@ FAULTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rule, function, wrong = FAULTS[name]
+    rule, module, function, wrong = FAULTS[name]
     cases = some(random.Random(name), rule, 7, 12)
     assert check(rule, cases) == 0
-    monkeypatch.setattr(fused, function, wrong)
+    monkeypatch.setattr(module, function, wrong)
     with pytest.raises(AssertionError, match="no coin is near a boundary"):
         check(rule, cases)
 
@@ -485,11 +490,11 @@ def test_trees_that_are_none_are_refused() -> None:
 COMPILE = """
 import subprocess, sys, triton
 from pathlib import Path
-from specdec.kernels import verify
 from specdec.kernels.configuration import TARGETS
+from specdec.kernels.verify_configurations import configurations
 tool = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
-chosen = [c for c in verify.configurations() if c.name in sys.argv[1:]]
-assert len(chosen) == len(sys.argv) - 1, [c.name for c in verify.configurations()]
+chosen = [c for c in configurations() if c.name in sys.argv[1:]]
+assert len(chosen) == len(sys.argv) - 1, [c.name for c in configurations()]
 for configuration in chosen:
     done = configuration.compile(TARGETS["sm_80"])
     Path("kernel.cubin").write_bytes(done.asm["cubin"])
