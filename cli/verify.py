@@ -66,6 +66,10 @@ from specdec.sampling import SamplingParams
     help="How many prompts they follow, the shortest ones.",
 )  # fmt: skip
 @click.option(
+    "--sampled-context", type=click.IntRange(min=1), default=None, metavar="N",
+    help="They follow the first N tokens of each prompt, which is quicker.  [default: all]",
+)  # fmt: skip
+@click.option(
     "--cells", type=click.IntRange(min=2), default=8, show_default=True,
     help="How many kinds of short texts are told apart behind each prompt.",
 )  # fmt: skip
@@ -79,7 +83,8 @@ def verify(
     target: str, draft: str | None, dtype: str, device: str | None, temperature: float, top_k: int,
     top_p: float, min_p: float, source: str, column: str | None, limit: int, max_new_tokens: int,
     detect_tv: float, power: float, level: float, sampled_tokens: int, sampled_prompts: int,
-    cells: int, seed: int, out: Path | None, as_json: bool, **options: Any,
+    sampled_context: int | None, cells: int, seed: int, out: Path | None, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Audit whether a pair of models, with what drafts and the rule that accepts, is lossless.
 
@@ -89,7 +94,10 @@ def verify(
     taken as constant, so that there is something to audit. Exit code 1 where the audit fails.
     """
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p)
-    plan = Plan(detect_tv, power, level, sampled_tokens, cells, sampled_prompts, max_new_tokens)
+    plan = Plan(
+        detect_tv, power, level, sampled_tokens, cells, sampled_prompts, max_new_tokens,
+        sampled_context,
+    )  # fmt: skip
     plan.texts(sampled_prompts)  # refuses a power below the level
     shown = {**options, "proposer_options": dict(options["proposer_options"])}
     pair = load_pair(target, draft, dtype, device, **options)
@@ -105,13 +113,13 @@ def verify(
         "device": str(pair.target.device), **shown, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "prompts": source, "column": column, "limit": limit,
         "max_new_tokens": max_new_tokens, "detect_tv": detect_tv, "power": power, "level": level,
-        "sampled_tokens": sampled_tokens, "sampled_prompts": sampled_prompts, "cells": cells,
-        "seed": seed,
+        "sampled_tokens": sampled_tokens, "sampled_prompts": sampled_prompts,
+        "sampled_context": sampled_context, "cells": cells, "seed": seed,
     }  # fmt: skip
     folder = RunFolder(out, "verify", settings)
     audit = Auditor(
         pair.target, pair.draft, pair.options, rows, sampling, plan,
-        folder=folder, seed=seed, progress=with_bar,
+        folder=folder, seed=seed, progress=with_bar, remark=remark,
     ).run()  # fmt: skip
     if as_json:
         content = {

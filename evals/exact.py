@@ -62,6 +62,7 @@ _SAMPLED = {"beam_tree"}
 
 
 Make = Callable[[Noise | None], Engine]
+Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +75,31 @@ class Finding:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def exact(options: dict[str, Any], *, drafts: bool, temperature: float) -> list[Finding]:
+def exact(
+    options: dict[str, Any], *, drafts: bool, temperature: float,
+    progress: Progress = lambda items, _: iter(items),
+) -> list[Finding]:  # fmt: skip
     """One finding per pair of tables. options: of Engine beside the models; drafts: whether a model
     drafts."""
     with _small(options, drafts) as make:
         return [
             _checked(name, target, _with_tables(make, target, draft), options, temperature)
-            for name, (target, draft) in TABLES.items()
+            for name, (target, draft) in progress(list(TABLES.items()), "exact")
         ]
 
 
-def planted(options: dict[str, Any], *, drafts: bool, temperature: float) -> list[Finding]:
+def planted(
+    options: dict[str, Any], *, drafts: bool, temperature: float,
+    progress: Progress = lambda items, _: iter(items),
+) -> list[Finding]:  # fmt: skip
     """Mistakes put into the same code, one at a time; a finding passes where it was seen."""
     found = []
     with _small(options, drafts) as make:
         target, draft = TABLES["generic"]
         sound = _with_tables(make, target, draft)
         is_sampled = bool(_names(options) & _SAMPLED)
-        for name, fault in _faults(sound(None), temperature, is_sampled).items():
+        faults = _faults(sound(None), temperature, is_sampled)
+        for name, fault in progress(list(faults.items()), "planted"):
             result = _checked(name, target, fault(sound), options, temperature, tokens=2)
             found.append(replace(result, passed=not result.passed))
     return found

@@ -8,8 +8,9 @@ plain sampling's with the same seed instead, which needs no statistics. Planted:
 other parts must see, or the audit proves nothing.
 """
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from specdec.engine import Engine
 from specdec.errors import InvalidArgumentError
 from specdec.evals import exact
-from specdec.evals.exact import Finding
+from specdec.evals.exact import Finding, Progress
 from specdec.evals.folder import RunFolder
 from specdec.evals.gate import Gate, Near
 from specdec.evals.two_sample import Answer, Text, g_test, sample_size
@@ -29,13 +30,16 @@ LANES = 64  # texts that are sampled together
 ROUNDS = 8  # of them per record
 PLANTED_DISTANCE = 0.1  # what the run with a planted mistake is sized for: the mistake is larger
 PATHS = 4  # seeds per prompt of a path-by-path comparison
+_PROBED = 2  # records of each side after which the time that is left is known
+_WORTH_SAYING = 60  # seconds
 
-Progress = Callable[[Sequence[Any], str], Iterator[Any]]
+Remark = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is sampled; level: of false alarms; cells: of each prompt at most."""
+    """How much is sampled; level: of false alarms; cells: of each prompt at most; context: sampled
+    texts follow so many tokens of each prompt (None: all), which is quicker than long prompts."""
 
     total_variation: float = 0.05
     power: float = 0.9
@@ -44,6 +48,7 @@ class Plan:
     cells: int = 8
     prompts: int = 4
     greedy_tokens: int = 64
+    context: int | None = None
 
     def texts(self, prompts: int, total_variation: float | None = None) -> int:
         """Of each prompt and side."""
@@ -112,11 +117,12 @@ class Auditor:
     def __init__(
         self, target: Any, draft: Any, options: dict[str, Any], prompts: Sequence[list[int]],
         sampling: SamplingParams, plan: Plan, *, folder: RunFolder | None = None, seed: int = 0,
-        progress: Progress = lambda items, _: iter(items),
+        progress: Progress = lambda items, _: iter(items), remark: Remark = lambda _: None,
     ) -> None:  # fmt: skip
         """options: of Engine beside the models. `auto` numbers of drafted tokens become those of
         policy="constant": where plain decoding is quicker `auto` drafts nothing, and there would be
-        nothing to audit. Raises InvalidArgumentError where no prompt is left."""
+        nothing to audit. remark: is told how long the sampling will take. Raises
+        InvalidArgumentError where no prompt is left."""
         if not prompts:
             raise InvalidArgumentError("prompts: none is left to audit with")
         self.target, self.draft, self.sampling = target, draft, sampling
@@ -125,7 +131,7 @@ class Auditor:
             self.options["policy"] = "constant"
         self.prompts, self.plan, self.seed = prompts, plan, seed
         self.folder = folder or RunFolder(None, "verify", {})
-        self.progress = progress
+        self.progress, self.remark = progress, remark
 
     def run(self) -> Audit:
         """Every part in turn; those that the folder holds are not repeated."""
@@ -156,7 +162,7 @@ class Auditor:
         for record in self.folder.records:
             if record["part"] == name:
                 return Part(name, [Finding(**finding) for finding in record["findings"]])
-        [findings] = [find() for _ in self.progress([name], name)]
+        findings = find()
         self.folder.append({"part": name, "findings": [asdict(f) for f in findings]})
         return Part(name, findings)
 
@@ -164,8 +170,9 @@ class Auditor:
 
     def _exact(self) -> list[Finding]:
         return exact.exact(
-            self.options, drafts=self.draft is not None, temperature=self.sampling.temperature
-        )
+            self.options, drafts=self.draft is not None, temperature=self.sampling.temperature,
+            progress=self.progress,
+        )  # fmt: skip
 
     # text by text
 
@@ -176,13 +183,14 @@ class Auditor:
         params = replace(sampling, max_new_tokens=self.plan.greedy_tokens)
         texts, equal = 0, 0
         differences: list[dict[str, Any]] = []
-        for row, prompt in enumerate(self.prompts):
-            for seed in seeds:
-                ours, wanted = (_one(each, prompt, params, seed or 0) for each in (engine, plain))
-                near, its = (gate.not_best(prompt, text, seed) for text in (ours, wanted))
-                texts, equal = texts + 1, equal + (ours == wanted)
-                if ours != wanted or not all(n.is_explained for n in (*near, *its)):
-                    differences.append(_difference(row, seed, ours, wanted, (near, its)))
+        jobs = [(row, seed) for row in range(len(self.prompts)) for seed in seeds]
+        for row, seed in self.progress(jobs, "greedy" if seeds == [None] else "coupled"):
+            prompt = self.prompts[row]
+            ours, wanted = (_one(each, prompt, params, seed or 0) for each in (engine, plain))
+            near, its = (gate.not_best(prompt, text, seed) for text in (ours, wanted))
+            texts, equal = texts + 1, equal + (ours == wanted)
+            if ours != wanted or not all(n.is_explained for n in (*near, *its)):
+                differences.append(_difference(row, seed, ours, wanted, (near, its)))
         wrong = [d for d in differences if not d["explained"]]
         details = {
             "texts": texts, "equal": equal, "differences": differences,
@@ -215,8 +223,8 @@ class Auditor:
         drafted = sum(r.get("drafted", 0) for r in self.folder.records if r["part"] == "sampled")
         details = {
             **asdict(answer), "prompts": rows, "texts": size * len(rows), "drafted": drafted,
-            "tokens": self.plan.tokens, "level": self.plan.level, "power": self.plan.power,
-            "detect_total_variation": self.plan.total_variation,
+            "tokens": self.plan.tokens, "context": self.plan.context, "level": self.plan.level,
+            "power": self.plan.power, "detect_total_variation": self.plan.total_variation,
         }  # fmt: skip
         if not drafted:
             return Finding("two samples", False, "nothing was drafted", details)
@@ -255,11 +263,15 @@ class Auditor:
             if (side, row, begin) not in done
         ]
         lanes: dict[str, _Lanes] = {}
-        for row, begin, side in self.progress(jobs, part):
+        began = time.perf_counter()
+        for number, (row, begin, side) in enumerate(self.progress(jobs, part)):
+            if number == _PROBED * len(engines):
+                self._say_how_long(part, size * len(rows), number, len(jobs), began)
             if side not in lanes or lanes[side].row != row:
                 if side in lanes:
                     lanes[side].close()
-                lanes[side] = _Lanes(engines[side], row, self.prompts[row], self._short())
+                prompt = self.prompts[row][: self.plan.context]
+                lanes[side] = _Lanes(engines[side], row, prompt, self._short())
             engine = engines[side]
             drafted = engine.stats.drafted
             # other words than those of the other sides, also where a rule shares noise with plain
@@ -278,6 +290,11 @@ class Auditor:
             lane.close()
         return found
 
+    def _say_how_long(self, part: str, texts: int, done: int, jobs: int, began: float) -> None:
+        left = (time.perf_counter() - began) / done * (jobs - done)
+        if left > _WORTH_SAYING:
+            self.remark(f"{part}: 2 x {texts} texts; about {left / 60:.0f} minutes are left")
+
     def _short(self) -> SamplingParams:
         return replace(self.sampling, max_new_tokens=self.plan.tokens)
 
@@ -285,7 +302,10 @@ class Auditor:
 
     def _planted(self) -> list[Finding]:
         temperature = self.sampling.temperature
-        found = exact.planted(self.options, drafts=self.draft is not None, temperature=temperature)
+        found = exact.planted(
+            self.options, drafts=self.draft is not None, temperature=temperature,
+            progress=self.progress,
+        )  # fmt: skip
         return [*found, *([] if temperature == 0 else self._planted_samples())]
 
     def _planted_samples(self) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ def audit(target: Model, draft: Model, without_tables: None) -> Callable[..., Au
     def run(options: dict[str, Any] | None = None, **more: Any) -> Audit:
         drafts = more.pop("draft", draft)
         sampling = more.pop("sampling", SAMPLED)
+        plan = more.pop("plan", PLAN)
         given = CHAIN if options is None else options
-        return Auditor(target, drafts, given, PROMPTS, sampling, PLAN, **more).run()
+        return Auditor(target, drafts, given, PROMPTS, sampling, plan, **more).run()
 
     return run
 
@@ -208,6 +210,34 @@ def test_interrupted_run_goes_on_where_it_stood(
     again = audit(folder=RunFolder(tmp_path / "run", "verify", {}), progress=goes_on)
     assert len(jobs) == len({str(job) for job in jobs})
     assert again.passed
+
+
+def test_time_left_is_said_once(
+    audit: Callable[..., Audit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lossless, "_WORTH_SAYING", 0)
+    monkeypatch.setattr(lossless, "ROUNDS", 1)
+    said: list[str] = []
+    audit(remark=said.append)
+    assert said[0] == f"sampled: 2 x {2 * PLAN.texts(2)} texts; about 0 minutes are left"
+    assert [line.split(":")[0] for line in said] == ["sampled", "planted sample"]
+
+
+def test_sampled_texts_follow_the_asked_part_of_their_prompts(
+    audit: Callable[..., Audit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set[tuple[int, ...]]()
+    make = lossless._Lanes.__init__
+
+    def kept(self: Any, engine: Engine, row: int, prompt: list[int], params: Any) -> None:
+        seen.add(tuple(prompt))
+        make(self, engine, row, prompt, params)
+
+    monkeypatch.setattr(lossless._Lanes, "__init__", kept)
+    found = audit(plan=replace(PLAN, context=3))
+    assert seen == {tuple(prompt[:3]) for prompt in PROMPTS[:2]}
+    assert parts(found)["sampled"].findings[0].details["context"] == 3
+    assert found.passed
 
 
 # --- the command
