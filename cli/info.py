@@ -113,9 +113,9 @@ def _triton() -> list[FastPath]:
     found = []
     for index in range(count):
         choice = backend.choose(torch.device("cuda", index))
-        found.append(
-            FastPath(f"Triton kernels on cuda:{index}", choice.name == "triton", choice.why)
-        )
+        is_on = choice.name == "triton"
+        why = f"{choice.why}; {backend.LEFT_TO_TWINS}" if is_on else choice.why
+        found.append(FastPath(f"Triton kernels on cuda:{index}", is_on, why))
     return found
 
 

@@ -103,12 +103,30 @@ def tree_attention(
         out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
     if out.numel() == 0:
         return out
-    if window is not None:
-        shared_prefix = None  # a windowed row reads little of the prefix, and no two alike
     plan = Plan.of(
         q, k_pages, v_pages, block_table, window=window, softcap=softcap, max_context=max_context,
         unit=split,
     )  # fmt: skip
+    attend(
+        plan, q, k_pages, v_pages, block_table, context_lens, cu_nodes, ancestor_bits, out,
+        scale=scale, window=window, softcap=softcap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+        softmax=softmax, unified_max=unified_max, shared_prefix=shared_prefix,
+    )  # fmt: skip
+    return out
+
+
+def attend(
+    plan: "Plan", q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor,
+    context_lens: Tensor, cu_nodes: Tensor, ancestor_bits: Tensor, out: Tensor, *, scale: float,
+    window: Window | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    softmax: Literal["running", "unified"] = "running", unified_max: float = 0.0,
+    shared_prefix: SharedPrefix | None = None,
+) -> None:  # fmt: skip
+    """tree_attention's launches, of a plan that fits and with nothing checked: for the layers of a
+    pass, which share all but q and the pages."""
+    if window is not None:
+        shared_prefix = None  # a windowed row reads little of the prefix, and no two alike
     if plan.fp8:
         k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
     launch = _Launch(
@@ -120,7 +138,6 @@ def tree_attention(
     else:
         launch.run(device_code.UNIFIED.value)
         launch.run(device_code.RUNNING.value, flagged=True)
-    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +161,9 @@ class Plan:
     def of(
         q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, *,
         window: Window | None, softcap: float | None, max_context: int | None, unit: int | None,
+        most_rows: int = MAX_ROWS,
     ) -> "Plan":  # fmt: skip
+        """most_rows: no tree has more."""
         rows, heads, key_size = q.shape
         _, page, kv_heads, value_size = v_pages.shape
         sequences, group = block_table.shape[0], heads // kv_heads
@@ -159,11 +178,11 @@ class Plan:
         unit = split_unit(kv_heads) if unit is None else unit
         slots = block_table.shape[1] * page
         if max_context is not None:
-            slots = min(slots, max_context + min(rows, MAX_ROWS))
+            slots = min(slots, max_context + min(rows, most_rows))
         max_splits = max(num_splits(slots, unit), 1)
         visible = max_splits
         if window is not None:
-            visible = min(visible, (window.size + min(rows, MAX_ROWS)) // unit + 2)
+            visible = min(visible, (window.size + min(rows, most_rows)) // unit + 2)
         tiles = rows * group // tile.rows + sequences
         return Plan(
             tile, unit, max_splits, tiles * kv_heads * visible, group, key_size, value_size, page,

@@ -89,6 +89,14 @@ def scatter(
     device, shape or stride, naming the argument.
     """
     _check_scatter(keys, values, k_pages, v_pages, slots, k_scale, v_scale)
+    write(keys, values, k_pages, v_pages, slots, k_scale=k_scale, v_scale=v_scale)
+
+
+def write(
+    keys: Tensor, values: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, *,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """scatter's launch, with nothing checked: for the layers of a pass."""
     rows, heads, key_size = keys.shape
     value_size = values.shape[2]
     widest = heads * max(key_size, value_size)

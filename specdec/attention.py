@@ -34,6 +34,8 @@ class Segment:
     table: BlockTable
     mask: Tensor | None = None  # (rows, rows) bool with self; None: every row sees those before it
     positions: Tensor | None = None  # (rows,) absolute; needed only with a mask and a window
+    # What Triton reads instead: of the last rows, the nodes of a tree; -1: the row before them all.
+    parents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,11 @@ class Step:
         self._flat: dict[int, Tensor] = {}
         self._derived: dict[object, list[Any]] = {}
         self.longest = max(segment.rows for segment in segments)
+        self._packed = None
+        if memory.on_triton:
+            assert all(s.mask is None or s.parents for s in segments), "Triton reads parents"
+            rows = [(s.rows, s.context, s.table.numbers, s.parents) for s in segments]
+            self._packed = backend.packed_pass(rows, memory.page_size, memory.device)
 
     def derived(self, key: object, make: Callable[[Segment], Any]) -> list[Any]:
         """What make says of each segment; asked once per pass and key, shared by the layers."""
@@ -74,6 +81,11 @@ class Step:
         self, call: LayerCall, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     ) -> Tensor:
         """q (R, H, D), k (R, K, D), v (R, K, Dv) of all packed rows -> (R, H, Dv)."""
+        if self._packed is not None:
+            return self._packed.layer(
+                q, k, v, self.memory.keys[call.layer], self.memory.values[call.layer],
+                scale=call.scale, window=call.window, softcap=call.softcap, sinks=sinks,
+            )  # fmt: skip
         if len(self.segments) == 1:  # spares the slices and the concatenation
             return self._attend_segment(0, call, q, k, v, sinks)
         outputs, begin = [], 0

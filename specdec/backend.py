@@ -6,12 +6,15 @@ Triton's on a GPU, their twins in plain torch (kernels/reference.py) elsewhere.
 import importlib
 import os
 import pkgutil
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from specdec.kernels.reference import (
     Window,
@@ -21,18 +24,28 @@ from specdec.kernels.reference import (
     packed_bias,
     visibility,
 )
+from specdec.kernels.tiles import MAX_HEAD_SIZE
+
+if TYPE_CHECKING:
+    from specdec.kernels.cache import LayerTable
+    from specdec.kernels.packed import PackedPass
 
 __all__ = [
+    "LEFT_TO_TWINS",
     "Choice",
     "Window",
     "additive",
     "attend",
     "choose",
+    "choose_for",
+    "commit_paths",
     "heads_first",
     "interpreted",
     "kernel_file",
     "kernel_files",
+    "layer_table",
     "packed_bias",
+    "packed_pass",
     "visibility",
 ]
 
@@ -62,6 +75,59 @@ def choose(device: torch.device) -> Choice:
                 "torch", f"compute capability {major}.{minor}; the kernels need 8.0 or newer"
             )
     return Choice("triton", "a GPU that the kernels are compiled for")
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What choose_for leaves to the twins on every device, in words.
+LEFT_TO_TWINS = f"models in float64 or with a head size above {MAX_HEAD_SIZE} run on torch twins"
+
+
+def choose_for(
+    device: torch.device, dtypes: Iterable[torch.dtype], head_sizes: Iterable[int]
+) -> Choice:
+    """What serves a model whose layers keep keys and values of these types and head sizes."""
+    choice = choose(device)
+    if choice.name == "torch":
+        return choice
+    other = next((dtype for dtype in dtypes if dtype not in _DTYPES), None)
+    if other is not None:
+        return Choice(
+            "torch", f"the Triton kernels attend in float32, float16 or bfloat16, not in {other}"
+        )
+    widest = max(head_sizes, default=0)
+    if widest > MAX_HEAD_SIZE:
+        return Choice(
+            "torch", f"a head size of {widest}; the Triton kernels take up to {MAX_HEAD_SIZE}"
+        )
+    return choice
+
+
+def packed_pass(
+    rows: Iterable[tuple[int, int, "array[int]", tuple[int, ...]]], page_size: int,
+    device: torch.device,
+) -> "PackedPass":  # fmt: skip
+    """A pass of Triton kernels over (rows, context, pages, parents) of every sequence."""
+    from specdec.kernels.packed import PackedPass, pieces_of
+
+    pieces = [piece for its in rows for piece in pieces_of(*its)]
+    return PackedPass(pieces, page_size, device)
+
+
+def layer_table(tensors: Sequence[Tensor]) -> "LayerTable":
+    """Pages of all layers, for commit_paths."""
+    from specdec.kernels.cache import LayerTable
+
+    return LayerTable.of(tensors)
+
+
+def commit_paths(
+    layers: "LayerTable", moves: Sequence[tuple["array[int]", int, Sequence[int]]]
+) -> None:
+    """Of every (pages, slots before the tree, accepted nodes) the nodes' slots close up, in all
+    layers, by one Triton kernel."""
+    from specdec.kernels.packed import Move, commit
+
+    commit(layers, [Move(*move) for move in moves])
 
 
 def interpreted() -> bool:

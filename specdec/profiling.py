@@ -324,4 +324,6 @@ def _fingerprint(runner: object) -> str:
         return ""
     model = runner.model
     text = f"{model.config.to_json_string()} {model.dtype} {model.device} {runner.forward_name}"
+    if runner.kernels.name == "triton":  # in place of torch's
+        text += " triton"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

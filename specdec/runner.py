@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.attention import Recorder, Segment, Step
-from specdec.backend import Window
-from specdec.cache import CachedSequence, CacheGroup, Paged
+from specdec.backend import Choice, Window
+from specdec.cache import CachedSequence, CacheGroup, Paged, kernels_for
 from specdec.errors import InvalidArgumentError, UnsupportedModelError
 from specdec.forward import (
     CapturedForward,
@@ -21,6 +22,7 @@ from specdec.forward import (
     release_packed,
 )
 from specdec.selftest import prove
+from specdec.tree import tree_depths
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +92,11 @@ class ModelRunner:
     def forward_note(self) -> str:
         """Why the forward is not captured; empty where it is."""
         return self._prepared.note
+
+    @property
+    def kernels(self) -> Choice:
+        """Which kernels attend and keep the cache, and why."""
+        return kernels_for(self._prepared.shapes, self.device)
 
     @property
     def slot_bytes(self) -> int:
@@ -163,9 +170,20 @@ class ModelRunner:
         if row.parents is None:
             segment = Segment(count, context, row.cache.table)
             return segment, ids, self._positions[first : first + count]
+        if self._memory is not None and self._memory.on_triton:
+            parents = tuple(row.parents)
+            segment = Segment(count, context, row.cache.table, parents=parents)
+            behind = first + chain - 1
+            nodes = _depths(parents, self.device) + behind
+            return segment, ids, torch.cat((self._positions[first : first + chain], nodes))
         mask, depths = _tree_mask(chain, tuple(row.parents), self.device)
         positions = self._positions[first + depths]
         return Segment(count, context, row.cache.table, mask, positions), ids, positions
+
+
+@lru_cache(maxsize=256)
+def _depths(parents: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(tree_depths(parents), device=device)
 
 
 def _tree_mask(chain: int, parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,14 @@ def _compare(
         context = len(prompt) - 1
         positions = torch.tensor([context + len(line) - 1 for line in lines])
         segments.append(
-            Segment(len(rows), context, table, mask.to(model.device), positions.to(model.device))
+            Segment(
+                len(rows),
+                context,
+                table,
+                mask.to(model.device),
+                positions.to(model.device),
+                tuple(parents),
+            )
         )
         ids.append(rows)
         paths.extend([*prompt[:-1], *(rows[i] for i in line)] for line in lines)

@@ -91,9 +91,11 @@ class Verifier:
             ):
                 verdicts[i] = Verdict(tokens, len(trees[i]), path, part)
         done = [verdict for verdict in verdicts if verdict is not None]
-        for sequence, verdict in zip(sequences, done, strict=True):
-            length = len(sequence.tokens)
-            self.group.commit(sequence.cache, length, [length + node for node in verdict.path])
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        self.group.commit_all(
+            (sequence.cache, length, [length + node for node in verdict.path])
+            for sequence, length, verdict in zip(sequences, lengths, done, strict=True)
+        )
         return done
 
     def _rows(self, sequence: Sequence, tree: TokenTree) -> SequenceRows:

@@ -63,6 +63,26 @@ def test_a_machine_without_triton_gets_the_twin(gpu: pytest.MonkeyPatch) -> None
     assert backend.choose(CUDA) == backend.Choice("torch", "triton is not installed")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "why"),
+    [
+        (torch.bfloat16, 256, ""),
+        (torch.float32, 8, ""),
+        (torch.float64, 8, "float16 or bfloat16, not in torch.float64"),
+        (torch.int64, 1, "not in torch.int64"),
+        (torch.float16, 257, "a head size of 257; the Triton kernels take up to 256"),
+    ],
+)
+def test_a_models_layers_decide_too(
+    gpu: pytest.MonkeyPatch, dtype: torch.dtype, size: int, why: str
+) -> None:
+    del gpu
+    choice = backend.choose_for(CUDA, (torch.float32, dtype), (64, size))
+    assert choice.name == ("torch" if why else "triton")
+    assert choice.why.endswith(why)
+    assert backend.choose_for(CPU, (dtype,), (size,)) == backend.choose(CPU)
+
+
 def test_kernel_files_are_found_by_name() -> None:
     names = backend.kernel_files()
     assert {"attention", "cache", "configuration", "reference"} <= set(names)

@@ -414,6 +414,11 @@ def swap_pages(group: CacheGroup, sequence: CachedSequence) -> None:
     sequence.table.pages.reverse()
 
 
+def forget_the_kernels_pages(group: CacheGroup, sequence: CachedSequence) -> None:
+    del group
+    sequence.table.numbers.pop()
+
+
 @pytest.mark.parametrize(
     ("corrupt", "complaint"),
     [
@@ -425,6 +430,7 @@ def swap_pages(group: CacheGroup, sequence: CachedSequence) -> None:
         (fill_more_than_reserved, "more slots filled than reserved"),
         (call_it_scattered, "contiguous flag is stale"),
         (swap_pages, "contiguous flag is stale"),
+        (forget_the_kernels_pages, "kernels' page numbers are stale"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

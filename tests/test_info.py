@@ -110,6 +110,7 @@ def test_every_gpu_is_named_with_what_runs_on_it(monkeypatch: pytest.MonkeyPatch
     assert [device["device"] for device in found["devices"]] == ["cpu", "cuda:0", "cuda:1"]
     assert found["devices"][1]["capability"] == "9.0"
     assert paths()["Triton kernels on cuda:0"]["on"]
+    assert "head size above 256 run on torch twins" in paths()["Triton kernels on cuda:0"]["why"]
     assert not paths()["Triton kernels on cuda:1"]["on"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert facts()["environment"]["TRITON_INTERPRET"] == "1"

@@ -1,6 +1,13 @@
 """The shared paged KV cache: pages.py says who holds which page, kv.py holds the tensors."""
 
-from specdec.cache.kv import CachedSequence, CacheGroup, LayerShape, Paged, pages_for_memory
+from specdec.cache.kv import (
+    CachedSequence,
+    CacheGroup,
+    LayerShape,
+    Paged,
+    kernels_for,
+    pages_for_memory,
+)
 from specdec.cache.pages import BlockTable, PagePool
 
 __all__ = [
@@ -10,5 +17,6 @@ __all__ = [
     "LayerShape",
     "PagePool",
     "Paged",
+    "kernels_for",
     "pages_for_memory",
 ]

@@ -1,12 +1,14 @@
 """Key and value tensors of one cache group, and the slots that each model has filled."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from specdec import backend
 from specdec.cache.pages import BlockTable, PagePool
 from specdec.errors import CacheFullError
 
@@ -25,6 +27,12 @@ class LayerShape:
         return self.kv_heads * (self.key_size + self.value_size) * self.dtype.itemsize
 
 
+def kernels_for(shapes: Sequence[LayerShape], device: torch.device) -> backend.Choice:
+    """Which kernels attend over layers of these shapes and move what they hold, and why."""
+    sizes = (size for shape in shapes for size in (shape.key_size, shape.value_size))
+    return backend.choose_for(device, (shape.dtype for shape in shapes), sizes)
+
+
 class Paged:
     """Layer memory of one model in one group: pages (P, page, K, D) of keys and of values."""
 
@@ -32,6 +40,7 @@ class Paged:
         self, shapes: Sequence[LayerShape], num_pages: int, page_size: int, device: torch.device
     ) -> None:
         self.shapes, self.page_size, self.device = tuple(shapes), page_size, device
+        self.on_triton = bool(shapes) and kernels_for(shapes, device).name == "triton"
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for shape in self.shapes:
@@ -45,6 +54,7 @@ class Paged:
     def _make_views(self) -> None:
         self.flat_keys = [pages.flatten(0, 1) for pages in self.keys]  # (P * page, K, D)
         self.flat_values = [pages.flatten(0, 1) for pages in self.values]
+        self._table: Any = None  # of the tensors' addresses, for Triton; made when needed
 
     def grow(self, num_pages: int) -> None:
         """Enlarges every tensor to num_pages, keeping what is there."""
@@ -61,9 +71,35 @@ class Paged:
             for flat in tensors:
                 flat.index_copy_(0, destinations, flat.index_select(0, sources))
 
+    def commit(self, paths: Sequence["Path"]) -> None:
+        """Closes up the slots of accepted paths, all sequences and layers at once."""
+        if self.on_triton:
+            if self._table is None:
+                self._table = backend.layer_table([*self.keys, *self.values])
+            moves = [(path.table.numbers, path.begin, path.nodes) for path in paths]
+            backend.commit_paths(self._table, moves)
+            return
+        sources = [path.table.flat(path.begin + node) for path in paths for node in path.nodes]
+        destinations = [
+            path.table.flat(path.begin + i) for path in paths for i in range(len(path.nodes))
+        ]
+        self.move(
+            torch.tensor(sources, device=self.device),
+            torch.tensor(destinations, device=self.device),
+        )
+
     @property
     def slot_bytes(self) -> int:
         return sum(shape.slot_bytes for shape in self.shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The accepted nodes of one sequence's tree, whose node j is in slot begin + j; rising."""
+
+    table: BlockTable
+    begin: int
+    nodes: Sequence[int]
 
 
 @dataclass(slots=True)
@@ -141,30 +177,32 @@ class CacheGroup:
             sequence.table.extend(self.pool.allocate(count))
 
     def commit(self, sequence: CachedSequence, length: int, slots: Sequence[int]) -> None:
-        """Keeps what is in the given slots, in this order, as slots length, length + 1, ...
+        """commit_all of one sequence."""
+        self.commit_all([(sequence, length, slots)])
+
+    def commit_all(
+        self, commits: Iterable[tuple[CachedSequence, int, Sequence[int]]]
+    ) -> None:  # fmt: skip
+        """Of each sequence: keeps what is in the given slots, rising, as slots length, length + 1,
+        ...
 
         A model that has filled only the first of them keeps those. Nothing is copied where the
         slots already stand where they belong, as those of every chain do. Slots are counted as
         positions here: as if nothing had been dropped.
         """
-        for model, computed in sequence.computed.items():
-            if computed <= length:
-                continue
-            kept = next((i for i, slot in enumerate(slots) if slot >= computed), len(slots))
-            if any(slot != length + index for index, slot in enumerate(slots[:kept])):
-                self._move(model, sequence, slots[:kept], length)
-            sequence.computed[model] = length + kept
-
-    def _move(
-        self, model: Hashable, sequence: CachedSequence, slots: Sequence[int], length: int
-    ) -> None:
-        flat, slot = sequence.table.flat, sequence.slot
-        sources = [flat(slot(source)) for source in slots]
-        destinations = [flat(slot(length + index)) for index in range(len(slots))]
-        self.memory[model].move(
-            torch.tensor(sources, device=self.device),
-            torch.tensor(destinations, device=self.device),
-        )
+        paths: dict[Hashable, list[Path]] = {}
+        for sequence, length, slots in commits:
+            for model, computed in sequence.computed.items():
+                if computed <= length:
+                    continue
+                kept = next((i for i, slot in enumerate(slots) if slot >= computed), len(slots))
+                if any(slot != length + index for index, slot in enumerate(slots[:kept])):
+                    nodes = [slot - length for slot in slots[:kept]]
+                    path = Path(sequence.table, sequence.slot(length), nodes)
+                    paths.setdefault(model, []).append(path)
+                sequence.computed[model] = length + kept
+        for model, its in paths.items():
+            self.memory[model].commit(its)
 
     def truncate(self, sequence: CachedSequence, length: int) -> None:
         """Forgets every position from length on, for every model.
@@ -204,6 +242,7 @@ class CacheGroup:
             pages = sequence.table.pages
             runs = all(b == a + 1 for a, b in pairwise(pages))
             assert runs == sequence.table.contiguous, "the contiguous flag is stale"
+            assert list(sequence.table.numbers) == pages, "the kernels' page numbers are stale"
 
 
 def pages_for_memory(kv_memory: int, page_size: int, slot_bytes: int) -> int:

@@ -1,5 +1,6 @@
 """Pages and who holds them: allocation, reference counts and block tables. No tensors here."""
 
+from array import array
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,8 +85,10 @@ class BlockTable:
     page_size: int
     pages: list[int] = field(default_factory=list)
     contiguous: bool = True
+    numbers: "array[int]" = field(default_factory=lambda: array("i"))  # pages, as kernels read them
 
     def extend(self, pages: Sequence[int]) -> None:
+        self.numbers.extend(pages)
         for page in pages:
             if self.pages and page != self.pages[-1] + 1:
                 self.contiguous = False
@@ -95,6 +98,7 @@ class BlockTable:
         """Puts count pages, from the first on, behind all others: what they held is forgotten."""
         dropped = self.pages[first : first + count]
         self.pages = [*self.pages[:first], *self.pages[first + count :], *dropped]
+        self.numbers = array("i", self.pages)
         self.contiguous = all(b == a + 1 for a, b in pairwise(self.pages))
 
     @property

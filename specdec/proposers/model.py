@@ -136,17 +136,19 @@ class DraftModel:
         if not self.groups:  # what the verifier committed was committed for the draft too
             return
         assert self._group is not None
+        commits: list[tuple[CachedSequence, int, list[int]]] = []
         for sequence, verdict in zip(sequences, verdicts, strict=True):
             text = self._texts.get(sequence)
             if text is not None and not text.is_drafted:
                 continue
             length = len(sequence.tokens) if text is None else len(text.tokens)
             slots = [length + node for node in verdict.path]
-            self._group.commit(self._caches[sequence], length, slots)
+            commits.append((self._caches[sequence], length, slots))
             if text is not None and self.translation is not None:
                 text.is_drafted = False
                 pairs = self.translation.pairs
                 text.behind = [pairs.get(t, 0) for t in verdict.tokens[: verdict.accepted]]
+        self._group.commit_all(commits)
 
     def finish(self, sequence: Sequence) -> None:
         """As Proposer.finish."""
