@@ -18,6 +18,7 @@ from specdec.evals.results_audits import (
     predicted_speed,
     verify_power,
 )
+from specdec.evals.results_kernels import attention_traffic, gpu_bench, kernel_compile
 
 Raw = dict[str, Any]
 Lines = list[str]
@@ -362,116 +363,6 @@ def draft_window(files: Files) -> Lines:
         *table(["draft pass at a context of", "full, µs", "window, µs", "gain"], passes),
         "",
         *table(["window", *(f"tokens per pass, {name}" for name in temperatures)], tokens),
-    ]
-
-
-# --- kernels
-
-
-def attention_traffic(files: Files) -> Lines:
-    [raw] = files.values()
-    lines = [
-        f"At batch 8, {raw['about']}.",
-        "*Must*: every argument once. *Memory*: that, and",
-        "partial sums written and read. *Requested*: what programs load and store; what is beyond",
-        "memory's the second-level cache serves. Floor: must at 4.3 TB/s.",
-        "",
-    ]
-    heads = (
-        "heads of", "context", "rows", "splits", "must, MB", "memory / must", "requested / must",
-        "floor on an H200, us",
-    )  # fmt: skip
-    rows = [
-        [
-            shape["model"], shape["context"], shape["rows"], shape["splits"], shape["must"] / 1e6,
-            shape["memory"] / shape["must"], shape["requested"] / shape["must"],
-            shape["floor_us_h200"],
-        ]
-        for shape in raw["shapes"]
-        if shape["batch"] == 8
-    ]  # fmt: skip
-    return lines + table(heads, rows)
-
-
-def kernel_compile(files: Files) -> Lines:
-    [raw] = files.values()
-    kinds = sorted({name.split()[0] for rows in raw["targets"].values() for name in rows})
-    totals = [
-        [
-            target, len(rows), max(row[0] for row in rows.values()),
-            f"{max(row[1] for row in rows.values()) / 1024:.0f} of {limit / 1024:.0f}",
-            sum(bool(row[2]) for row in rows.values()),
-        ]
-        for (target, rows), limit in zip(
-            raw["targets"].items(), raw["shared_limit"].values(), strict=True
-        )
-    ]  # fmt: skip
-    largest = [
-        [kind, *(_largest(rows, kind) for rows in raw["targets"].values())] for kind in kinds
-    ]
-    products = [
-        [f"{target}, {name.removeprefix('attend ')}", row[0], f"{row[1] / 1024:.0f}", _counts(row)]
-        for target, rows in raw["targets"].items()
-        for name, row in rows.items()
-        if name.startswith(("attend plain bf16 128 page 16", "attend fp8 pages bf16"))
-    ]
-    return [
-        "Every configuration of every Triton kernel, compiled ahead of time without a GPU: A100",
-        "(sm_80), H100 and H200 (sm_90), B200 (sm_100), MI300 (gfx942). A spill, or more shared",
-        "memory than the target has, fails the run. `python -m specdec.evals.compile_kernels`.",
-        "",
-        *(f"- {wrong}" for wrong in raw["violations"]),
-        "",
-        *table(["target", "kernels", "registers, most", "shared KiB, most", "spill"], totals),
-        "",
-        "Registers and bytes of shared memory, most of any configuration:",
-        "",
-        *table(["kernel", *raw["targets"]], largest),
-        "",
-        "Instructions in the code of tree attention (standing, not run), head size 128:",
-        "",
-        *table(["target, configuration", "registers", "shared KiB", "instructions"], products),
-    ]
-
-
-def _largest(rows: Raw, kind: str) -> str:
-    its = [row for name, row in rows.items() if name.split()[0] == kind]
-    if not its:
-        return "-"
-    return f"{max(row[0] for row in its)}, {max(row[1] for row in its)}"
-
-
-def _counts(row: list[Any]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in row[3].items())
-
-
-def gpu_bench(files: Files) -> Lines:
-    [raw] = files.values()
-    others = list(dict.fromkeys(n for row in raw["attention"] for n in row["contenders"]))
-    others.remove("specdec")
-    rows = [
-        [
-            f"{row['model']}, page {row['page']}", row["batch"], row["context"], row["rows"],
-            row["contenders"]["specdec"]["median_us"], row["of_bandwidth"], row["of_floor"],
-            *(row["contenders"].get(name, {}).get("of_ours") for name in others),
-        ]
-        for row in raw["attention"]
-    ]  # fmt: skip
-    commits = [
-        [row["model"], row["batch"], row["median_us"], row["moved_bytes"] / 1e6]
-        for row in raw["commit"]
-    ]
-    limits, device = raw["ceilings"], raw["device"]
-    heads = ["heads of", "batch", "context", "rows", "us", "of bandwidth", "of floor"]
-    return [
-        f"{device['name']}, {raw['dtype']}; the same run reads",
-        f"{limits['read_bytes_per_second'] / 1e12:.2f} TB/s and multiplies at",
-        f"{limits['flops_per_second'] / 1e12:.0f} TFLOP/s. Other columns: time as a multiple of",
-        "specdec's. `python -m specdec.evals.gpu_bench`.",
-        "",
-        *table([*heads, *others], rows),
-        "",
-        *table(["commit of a path of all layers", "batch", "us", "moved, MB"], commits),
     ]
 
 

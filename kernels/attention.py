@@ -26,7 +26,6 @@ from specdec.kernels.tiles import (
 )
 
 _LOG2E = 1.4426950408889634
-_COMBINE_WARPS = 4
 # Unified maximum: powers of two relative to it between which a row's true maximum must lie. Above,
 # the weights overflow; below, they lose bits in the pages' type.
 TRUSTED = {
@@ -226,6 +225,11 @@ def _fp8_kind(device: torch.device) -> int:
     return int(device_code.FP8_NATIVE if native else device_code.FP8_BYTES)
 
 
+def _combine_options(*, hip: bool) -> dict[str, int]:
+    """Of the combination. Left to itself ptxas aims at 32 registers on sm_80, and spills."""
+    return {"num_warps": 4} if hip else {"num_warps": 4, "maxnreg": 128}
+
+
 def _block_b(sequences: int) -> int:
     """Lanes over the batch: few different values, since each is a kernel of its own."""
     return next((n for n in (32, 256) if sequences <= n), 1 << (sequences - 1).bit_length())
@@ -293,7 +297,8 @@ class _Launch:
             *self.lists, *self.factors, self.out, self.partial, self.tops, self.totals,
             self.flags, self.unified_max, *self.trusted, self.window, plan.unit, self.sequences,
             plan.max_splits, self.out.stride(0), self.out.stride(1),
-            **plan.combine_constants(softmax, flagged=flagged), num_warps=_COMBINE_WARPS,
+            **plan.combine_constants(softmax, flagged=flagged),
+            **_combine_options(hip=torch.version.hip is not None),
         )  # fmt: skip
 
 
@@ -344,12 +349,12 @@ def configurations(target: str) -> list[Configuration]:
             name = f"{kind} {dtype}{f' {stored}' if stored != dtype else ''} {key_size}"
             name += f"/{value_size}" if value_size != key_size else ""
             name += f" page {page} rows {tile.rows}"
-            found.extend(_configurations(name, plan, dtype, stored, extra))
+            found.extend(_configurations(name, plan, dtype, stored, extra, hip=target == "gfx942"))
     return found
 
 
 def _configurations(
-    name: str, plan: Plan, dtype: str, stored: str, extra: dict[str, Any]
+    name: str, plan: Plan, dtype: str, stored: str, extra: dict[str, Any], *, hip: bool
 ) -> list[Configuration]:
     """The attention kernel and, in the first page size, the combination of one kind of call."""
     softmax, prefix = extra.get("softmax", 0), extra.get("prefix", False)
@@ -371,11 +376,12 @@ def _configurations(
         pointers |= {"flags": "i32"}
     attend = _configuration(
         f"attend {name}", device_code._tree_attention_kernel, pointers,
-        plan.constants(softmax, prefix=prefix, flagged=flagged), tile.num_warps, tile.num_stages,
+        plan.constants(softmax, prefix=prefix, flagged=flagged),
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )  # fmt: skip
     combine = _configuration(
         f"combine {name}", device_code._combine_kernel, pointers,
-        plan.combine_constants(softmax, flagged=flagged), _COMBINE_WARPS, None,
+        plan.combine_constants(softmax, flagged=flagged), _combine_options(hip=hip),
     )  # fmt: skip
     return [attend] if prefix or "shared" in extra else [attend, combine]
 
@@ -389,8 +395,8 @@ _STRIDES = (
 
 
 def _configuration(
-    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], num_warps: int,
-    num_stages: int | None,
+    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any],
+    options: dict[str, int],
 ) -> Configuration:  # fmt: skip
     held = dict(constants)
     signature = {}
@@ -404,7 +410,4 @@ def _configuration(
         else:
             signature[argument] = "fp32" if argument in _FLOATS else "i32"
     aligned = tuple(n for n, t in signature.items() if t.startswith("*") or n in _STRIDES)
-    options = {"num_warps": num_warps}
-    if num_stages is not None:
-        options["num_stages"] = num_stages
     return Configuration(name, kernel, signature, held, aligned, options)

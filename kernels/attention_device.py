@@ -150,23 +150,28 @@ def _masked(
     WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The scores of a block that not all rows see whole, -inf where a row does not."""
+    # Few comparisons: AMD keeps what comes of each, for every element, in scalar registers.
     offsets = tl.arange(0, BLOCK_N)
     slots = start + offsets
-    present = slots < stop
+    positions = slots
+    if WINDOW != NO_WINDOW:
+        among = (slots >= context) & (slots < stop)
+        tree = bits + begin.to(tl.int64) * bits_row
+        deep = _positions(tree, slots - context, among, context, bits_row, words)
+        positions = tl.where(among, deep, slots)
     word = _tree_word(bits + row * bits_row, rows, live, start - context, bits_row, words)
+    present = tl.minimum(stop - start, 64)
+    word = word & (tl.full((), 0xFFFFFFFFFFFFFFFF, tl.uint64) >> (64 - present).to(tl.uint64))
     # Halves of 32 bits: shifting 64 bits per element would cost twice the registers.
     bit = tl.full((BLOCK_N,), 1, tl.uint32) << (offsets & 31).to(tl.uint32)
-    low = tl.where(present & (offsets < 32), bit, 0)
-    high = tl.where(present & (offsets >= 32), bit, 0)
+    low = tl.where(offsets < 32, bit, 0)
+    high = tl.where(offsets >= 32, bit, 0)
     low_word, high_word = word.to(tl.uint32), (word >> 32).to(tl.uint32)
-    seen = ((low_word[:, None] & low[None, :]) | (high_word[:, None] & high[None, :])) != 0
+    seen = (low_word[:, None] & low[None, :]) | (high_word[:, None] & high[None, :])
     if WINDOW != NO_WINDOW:
-        node = slots - context
-        among = present & (node >= 0)
-        tree = bits + begin.to(tl.int64) * bits_row
-        positions = _positions(tree, node, among, context, bits_row, words)
-        seen = seen & (tl.where(among, positions, slots)[None, :] >= reach[:, None])
-    return tl.where(seen, scores, float("-inf"))
+        before = (positions[None, :] - reach[:, None]) >> 31  # all bits, or none
+        seen = seen & (~before).to(tl.uint32)
+    return tl.where(seen != 0, scores, float("-inf"))
 
 
 @triton.jit

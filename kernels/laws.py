@@ -156,20 +156,22 @@ def truncate(
     """
     lane = tl.arange(0, BLOCK)
     s = tl.load(scores + lane, lane < length, other=float("-inf"))
-    key = ordered(s)
+    # Behind the list: a key below all others rather than a mask, which the loops would hold.
+    key = tl.where(lane < length, ordered(s), -2147483648)
     e = tl.where(lane < length, tl.exp(s - peak), 0.0)
-    least_key = tl.full((), -2147483648, tl.int32)
+    least_key = tl.full((), -2147483647, tl.int32)
     if HAS_TOP_K:
         k = tl.load(top_k + sequence)
         if k > 0:
-            low = tl.full((), -2147483648, tl.int64)
+            low = tl.full((), -2147483647, tl.int64)
             high = ordered(peak).to(tl.int64)
             for _ in range(32):
                 middle = low + (high - low + 1) // 2
-                count = tl.sum(((key >= middle) & (lane < length)).to(tl.int32))
+                at_least = middle.to(tl.int32)
+                count = tl.sum((key >= at_least).to(tl.int32))
                 for begin in range(BLOCK, length, BLOCK):
                     more = tl.load(scores + begin + lane, begin + lane < length, other=0.0)
-                    held = (ordered(more) >= middle) & (begin + lane < length)
+                    held = (ordered(more) >= at_least) & (begin + lane < length)
                     count += tl.sum(held.to(tl.int32))
                 low = tl.where(count >= k, middle, low)
                 high = tl.where(count >= k, high, middle - 1)
@@ -205,7 +207,7 @@ def truncate(
             least = high_bits.to(tl.float32, bitcast=True)
     if HAS_MIN_P:
         least = tl.maximum(least, tl.load(min_p + sequence).to(tl.float32))
-    held = (lane < length) & (key >= least_key) & (e >= least)
+    held = (key >= least_key) & (e >= least)
     cut_key = tl.min(tl.where(held, key, 0x7F800000))
     total = tl.sum(tl.where(held, e, 0.0).to(tl.float64))
     for begin in range(BLOCK, length, BLOCK):

@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 256
+from specdec.kernels.configuration import Configuration
+
+_BLOCK, _WARPS = 256, 4
 
 
 @triton.jit
@@ -78,6 +80,19 @@ def philox_words(
     if n:
         _philox_kernel[(triton.cdiv(n, _BLOCK),)](
             counters.contiguous(), keys.contiguous(), words, uniforms, log_uniforms, n,
-            BLOCK=_BLOCK,
+            BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return words, uniforms, log_uniforms
+
+
+def configurations() -> list[Configuration]:
+    """What the kernel of this file is compiled with, for the compile test and the report."""
+    signature = {
+        "counters": "*i64", "keys": "*i64", "words": "*i64", "uniforms": "*fp32",
+        "log_uniforms": "*fp64", "n": "i32", "BLOCK": "constexpr",
+    }  # fmt: skip
+    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    options = {"num_warps": 4}  # Triton's own choice, which the launch leaves to it
+    return [
+        Configuration("philox", _philox_kernel, signature, {"BLOCK": _BLOCK}, pointers, options)
+    ]

@@ -17,6 +17,7 @@ from specdec.kernels.checks import check_tensor
 from specdec.kernels.laws import GROUP, filter_kernel, stats_kernel
 from specdec.kernels.verify_chains import chain_kernel, residual_kernel
 from specdec.kernels.verify_paths import follow_kernel
+from specdec.kernels.verify_records import DECIDED, LAW_NUMBERS
 from specdec.kernels.verify_rows import best_kernel, law_kernel
 from specdec.kernels.verify_trees import Trees
 
@@ -93,9 +94,7 @@ class _Launches:
         out = Verified(empty(B), empty(B, depth + 1), empty(B, depth), empty(B, dtype=torch.uint8))
         if B == 0:
             return _as_bool(out)
-        self.best = empty(self.R)
-        self.child = empty(self.R) if self.rule == "recursive" else None
-        self.sound = empty(self.R, dtype=torch.int32)
+        self.decided = empty(self.R, DECIDED.value)
         self.peaks = empty(self.R, self.C, dtype=torch.float32)
         from_tiles = self.rule == "greedy" or (self.rule == "gumbel" and not self.sparse)
         self.sums: Tensor | None = None
@@ -129,6 +128,10 @@ class _Launches:
     @property
     def _warps(self) -> int:
         return warps(self.block)
+
+    @property
+    def _held_options(self) -> dict[str, int]:
+        return held_options(self.block, hip=torch.version.hip is not None)
 
     def _best(self) -> None:
         t, is_gumbel = self.trees, self.rule == "gumbel"
@@ -168,30 +171,25 @@ class _Launches:
                 GROUPS=triton.next_power_of_2(self.C * (self.block // GROUP)), TILES=self._tiles,
                 BLOCK=self.block, num_warps=self._warps,
             )  # fmt: skip
-        self.row_peaks, self.row_totals, self.row_cuts = (
-            empty(self.R, dtype=torch.float32) for _ in range(3)
-        )
-        self.row_lengths = empty(self.R, dtype=torch.int32)
+        self.laws = empty(self.R, LAW_NUMBERS.value, dtype=torch.float32)
         places = t.used_laws.shape[1] if self.rule == "recursive" else 0
         rule = self.rule if self.rule in ("walk", "gumbel", "recursive") else "law"
         law_kernel[(self.R,)](
-            self.logits, self.logits.stride(0), self.temperature, self.top_k, self.top_p,
-            self.min_p, self.peaks, self.sums, self.list_tokens, self.list_scores, counts, dropped,
-            self.parts, self.row_peaks, self.row_totals, self.row_cuts, self.row_lengths,
-            self.sound, self.best, self.child, self.keys, self.positions, t.tokens, t.cu_rows,
-            t.sequences, t.depths, t.cu_draws, t.draw_rows, t.draw_laws, t.draw_places,
-            t.draw_copies, t.draw_reduced, t.used_laws, self.q, self.V, self.C, **flags,
-            SPARSE=self.sparse, RULE=rule, PLACES=places,
+            t.sequences, self.temperature, self.top_k, self.top_p, self.min_p, self.peaks,
+            self.sums, counts, dropped, self.V, self.C, self.laws, self.list_tokens,
+            self.list_scores, self.logits, self.logits.stride(0), self.parts, self.decided,
+            self.keys, self.positions, t.tokens, t.cu_rows, t.depths, t.cu_draws, t.draws,
+            t.used_laws, self.q, **flags, SPARSE=self.sparse, RULE=rule, PLACES=places,
             PLACES_HELD=triton.next_power_of_2(max(1, places)), TILES=self._tiles,
-            BLOCK=self.block, **held_options(self.block),
+            BLOCK=self.block, **self._held_options,
         )  # fmt: skip
 
     def _follow(self, out: Verified, from_tiles: bool) -> None:
         t, tiles = self.trees, self._tiles
         follow_kernel[(self.B,)](
-            self.peaks, self.picks, self.best, self.child, self.sound, t.tokens, t.cu_rows,
-            t.parents, t.cu_draws, t.draw_rows, t.draw_laws, self.q, out.accepted, out.tokens,
-            out.path, out.valid, self.V, self.C, t.depth, FROM_TILES=from_tiles,
+            self.peaks, self.picks, self.decided, t.tokens, t.cu_rows, t.parents, t.cu_draws,
+            t.draws, self.q, out.accepted, out.tokens, out.path, out.valid, self.V, self.C,
+            t.depth, FROM_TILES=from_tiles,
             BY_CHILD=self.rule == "recursive", HAS_Q=self.q is not None,
             CHECKED=self.rule == "walk", TILES=tiles, ROWS=triton.next_power_of_2(t.most_rows),
             STEPS=triton.next_power_of_2(t.depth + 1), SOME=max(1, 1024 // tiles), num_warps=4,
@@ -205,20 +203,18 @@ class _Launches:
         if whole or not self.sparse:
             residual_kernel[(self.C, self.R if whole else self.B)](
                 self.logits, self.logits.stride(0), self.temperature, self.list_tokens,
-                self.list_scores, self.parts, self.row_peaks, self.row_totals, self.row_cuts,
-                self.row_lengths, self.keys, self.positions, t.tokens, t.cu_rows, t.sequences,
-                t.cu_draws, t.draw_laws, self.q, self.V, self.C, **shared, WHOLE=whole, ROWS=rows,
-                BLOCK=self.block, num_warps=self._warps,
+                self.list_scores, self.parts, self.laws, self.keys, self.positions, t.tokens,
+                t.cu_rows, t.sequences, t.cu_draws, t.draws, self.q, self.V, self.C, **shared,
+                WHOLE=whole, ROWS=rows, BLOCK=self.block, num_warps=self._warps,
             )  # fmt: skip
         plain = self._empty(self.B, self.C, dtype=torch.float32) if self.sparse else None
         chain_kernel[(self.B,)](
             self.logits, self.logits.stride(0), self.temperature, self.peaks, self.sums,
-            self.list_tokens, self.list_scores, self.parts, plain, self.row_peaks, self.row_totals,
-            self.row_cuts, self.row_lengths, self.sound, self.keys, self.positions, t.tokens,
-            t.cu_rows, t.cu_draws, t.draw_laws, self.q, out.accepted, out.tokens, out.path,
-            out.valid, self.V, self.C, t.depth, **shared, WHOLE=whole, TILES=self._tiles,
-            ROWS=rows, STEPS=triton.next_power_of_2(t.depth + 1), BLOCK=self.block,
-            **held_options(self.block),
+            self.list_tokens, self.list_scores, self.parts, plain, self.laws, self.decided,
+            self.keys, self.positions, t.tokens, t.cu_rows, t.cu_draws, t.draws, self.q,
+            out.accepted, out.tokens, out.path, out.valid, self.V, self.C, t.depth, **shared,
+            WHOLE=whole, TILES=self._tiles, ROWS=rows,
+            STEPS=triton.next_power_of_2(t.depth + 1), BLOCK=self.block, **self._held_options,
         )  # fmt: skip
 
 
@@ -227,11 +223,15 @@ def warps(block: int) -> int:
     return max(1, min(8, block // 512))
 
 
-def held_options(block: int) -> dict[str, int]:
-    """Of kernels that hold several numbers of each token. Left to itself ptxas aims at two programs
-    per multiprocessor and spills; there is one program per row or sequence."""
-    limit = {"maxnreg": 255} if torch.version.hip is None else {}
-    return {"num_warps": warps(block), **limit}
+def held_options(block: int, *, hip: bool) -> dict[str, int]:
+    """Of kernels that hold several numbers of each token; one program per row or sequence.
+
+    AMD keeps a mask in scalar registers per token of a thread: four tokens, not more. Left to
+    itself ptxas aims at two programs per multiprocessor and spills.
+    """
+    if hip:
+        return {"num_warps": max(1, min(16, block // 256))}
+    return {"num_warps": warps(block), "maxnreg": 255}
 
 
 def _as_bool(out: Verified) -> Verified:

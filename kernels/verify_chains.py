@@ -5,12 +5,23 @@ import triton.language as tl
 
 from specdec.kernels.laws import entries, heat_of, pick_tile, pick_token, row_weights, score
 from specdec.kernels.verify_noise import ACCEPT, BONUS, RESIDUAL, coin_of
+from specdec.kernels.verify_records import (
+    CUT,
+    DECIDED,
+    DRAW,
+    LAW,
+    LAW_NUMBERS,
+    LENGTH,
+    PEAK,
+    SOUND,
+    TOTAL,
+)
 
 
 @triton.jit
 def _chain(
-    sequence, first, end, logits, stride, temperature, row_peaks, row_totals, row_cuts, tokens,
-    cu_draws, draw_laws, q, V, HAS_HEAT: tl.constexpr, HAS_Q: tl.constexpr, ROWS: tl.constexpr,
+    sequence, first, end, logits, stride, temperature, laws, tokens,
+    cu_draws, draws, q, V, HAS_HEAT: tl.constexpr, HAS_Q: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of row r of a chain, for its node below: is there one, token, stored law, p, q, in order."""
     row = first + tl.arange(0, ROWS)
@@ -19,11 +30,13 @@ def _chain(
     x = tl.minimum(tl.maximum(token, 0), V - 1)
     heat = heat_of(temperature, sequence, HAS_HEAT)
     s = score(logits, stride, row, x, has_node, heat, HAS_HEAT)
-    peak = tl.load(row_peaks + row, has_node, other=0.0)
-    total = tl.load(row_totals + row, has_node, other=1.0)
-    cut = tl.load(row_cuts + row, has_node, other=0.0)
+    numbers = laws + row * LAW_NUMBERS
+    peak = tl.load(numbers + PEAK, has_node, other=0.0)
+    total = tl.load(numbers + TOTAL, has_node, other=1.0)
+    cut = tl.load(numbers + CUT, has_node, other=0.0)
     p = tl.where(s >= cut, tl.exp(s - peak) / total, 0.0)
-    law = tl.load(draw_laws + tl.load(cu_draws + row, has_node, other=0), has_node, other=-1)
+    draw = tl.load(cu_draws + row, has_node, other=0)
+    law = tl.load(draws + draw * DRAW + LAW, has_node, other=-1)
     had = tl.full([ROWS], 1.0, tl.float32)
     if HAS_Q:
         had = tl.load(q + law * V + x, has_node & (law >= 0), other=1.0).to(tl.float32)
@@ -67,8 +80,8 @@ def _left_of(x, e, total, weight, token, law, q, V, HAS_Q: tl.constexpr):
 
 @triton.jit
 def residual_kernel(
-    logits, stride, temperature, list_tokens, list_scores, parts, row_peaks, row_totals, row_cuts,
-    row_lengths, keys, positions, tokens, cu_rows, sequences, cu_draws, draw_laws, q, V, C,
+    logits, stride, temperature, list_tokens, list_scores, parts, laws, keys, positions, tokens,
+    cu_rows, sequences, cu_draws, draws, q, V, C,
     HAS_HEAT: tl.constexpr, HAS_Q: tl.constexpr, SPARSE: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -82,8 +95,8 @@ def residual_kernel(
     first = tl.load(cu_rows + sequence)
     end = tl.load(cu_rows + sequence + 1)
     has_node, x, law, p, had, _ = _chain(
-        sequence, first, end, logits, stride, temperature, row_peaks, row_totals, row_cuts, tokens,
-        cu_draws, draw_laws, q, V, HAS_HEAT, HAS_Q, ROWS,
+        sequence, first, end, logits, stride, temperature, laws, tokens,
+        cu_draws, draws, q, V, HAS_HEAT, HAS_Q, ROWS,
     )  # fmt: skip
     r = tl.arange(0, ROWS)
     weight = 1.0
@@ -95,23 +108,24 @@ def residual_kernel(
         at = _first_rejected(has_node, p, had, keys, positions, sequence, ROWS).to(tl.int64)
     if first + at + 1 < end:
         row = first + at
-        length = tl.load(row_lengths + row)
+        numbers = laws + row * LAW_NUMBERS
+        length = tl.load(numbers + LENGTH).to(tl.int32, bitcast=True)
         heat = heat_of(temperature, sequence, HAS_HEAT)
         xs, e = entries(
             logits, stride, list_tokens, list_scores, row, tile, length, C,
-            tl.load(row_peaks + row), tl.load(row_cuts + row), heat, HAS_HEAT, SPARSE, BLOCK,
+            tl.load(numbers + PEAK), tl.load(numbers + CUT), heat, HAS_HEAT, SPARSE, BLOCK,
         )  # fmt: skip
         token = tl.sum(tl.where(r == at, x, 0))
         own = tl.sum(tl.where(r == at, law, 0))
-        left = _left_of(xs, e, tl.load(row_totals + row), weight, token, own, q, V, HAS_Q)
+        left = _left_of(xs, e, tl.load(numbers + TOTAL), weight, token, own, q, V, HAS_Q)
         tl.store(parts + index * C + tile, tl.sum(left))
 
 
 @triton.jit
 def chain_kernel(
-    logits, stride, temperature, peaks, sums, list_tokens, list_scores, parts, plain_parts,
-    row_peaks, row_totals, row_cuts, row_lengths, sound, keys, positions, tokens, cu_rows,
-    cu_draws, draw_laws, q, accepted_out, tokens_out, path_out, valid_out, V, C, depth,
+    logits, stride, temperature, peaks, sums, list_tokens, list_scores, parts, plain_parts, laws,
+    decided, keys, positions, tokens, cu_rows, cu_draws, draws, q, accepted_out, tokens_out,
+    path_out, valid_out, V, C, depth,
     HAS_HEAT: tl.constexpr, HAS_Q: tl.constexpr, SPARSE: tl.constexpr, WHOLE: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -120,8 +134,8 @@ def chain_kernel(
     first = tl.load(cu_rows + sequence)
     end = tl.load(cu_rows + sequence + 1)
     has_node, x, law, p, had, is_sound = _chain(
-        sequence, first, end, logits, stride, temperature, row_peaks, row_totals, row_cuts, tokens,
-        cu_draws, draw_laws, q, V, HAS_HEAT, HAS_Q, ROWS,
+        sequence, first, end, logits, stride, temperature, laws, tokens,
+        cu_draws, draws, q, V, HAS_HEAT, HAS_Q, ROWS,
     )  # fmt: skip
     r = tl.arange(0, ROWS)
     count = end - first - 1
@@ -146,10 +160,9 @@ def chain_kernel(
         accepted = _first_rejected(has_node, p, had, keys, positions, sequence, ROWS).to(tl.int64)
         part = sequence
     row = first + accepted
-    peak = tl.load(row_peaks + row)
-    total = tl.load(row_totals + row)
-    cut = tl.load(row_cuts + row)
-    length = tl.load(row_lengths + row)
+    numbers = laws + row * LAW_NUMBERS
+    peak, total = tl.load(numbers + PEAK), tl.load(numbers + TOTAL)
+    cut, length = tl.load(numbers + CUT), tl.load(numbers + LENGTH).to(tl.int32, bitcast=True)
     heat = heat_of(temperature, sequence, HAS_HEAT)
     token = tl.sum(tl.where(r == accepted, x, 0))
     own = tl.sum(tl.where(r == accepted, law, 0))
@@ -190,5 +203,6 @@ def chain_kernel(
     tl.store(tokens_out + sequence * (depth + 1) + step, emitted, step <= depth)
     path = tl.where(step < accepted, first + 1 + step, -1)
     tl.store(path_out + sequence * depth + step, path, step < depth)
-    rows_sound = tl.min(tl.load(sound + first + r, first + r < end, other=1)) > 0
+    row_sound = tl.load(decided + (first + r) * DECIDED + SOUND, first + r < end, other=1)
+    rows_sound = tl.min(row_sound) > 0
     tl.store(valid_out + sequence, (is_sound & rows_sound).to(tl.uint8))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from specdec.kernels.configuration import Configuration
+from specdec.kernels.configuration import TARGETS, Configuration
 from specdec.kernels.laws import GROUP, filter_kernel, stats_kernel
 from specdec.kernels.verify import BLOCK, held_options, warps
 from specdec.kernels.verify_chains import chain_kernel, residual_kernel
@@ -12,26 +12,26 @@ from specdec.kernels.verify_rows import best_kernel, law_kernel
 from specdec.kernels.verify_trees import MOST_ROWS
 
 _F32 = (
-    "peaks", "sums", "groups", "list_scores", "dropped", "parts", "plain_parts", "row_peaks",
-    "row_totals", "row_cuts", "q",
+    "peaks", "sums", "groups", "list_scores", "dropped", "parts", "plain_parts", "laws", "q",
 )  # fmt: skip
-_I32 = ("picks", "list_tokens", "counts", "row_lengths", "sound")
+_I32 = ("picks", "list_tokens", "counts")
 _F64 = ("temperature", "top_p", "min_p")
 
 
-def configurations() -> list[Configuration]:
-    """What the kernels are compiled with at a vocabulary of 152k tokens, for the compile test and
-    the report: every launch of every rule, plain and with all of temperature, top-k, top-p, min-p.
+def configurations(target: str) -> list[Configuration]:
+    """What the kernels are compiled with for a target of configuration.TARGETS, at a vocabulary of
+    152k tokens: every launch of every rule, plain and with all of temperature, top-k, top-p, min-p.
     """
+    hip = TARGETS[target].backend == "hip"
     found: dict[str, Configuration] = {}
     for logits in ("bf16", "fp16", "fp32"):
         for sparse in (False, True):
-            for configuration in _configurations(logits, sparse):
+            for configuration in _configurations(logits, sparse, hip=hip):
                 found.setdefault(configuration.name, configuration)
     return list(found.values())
 
 
-def _configurations(logits: str, sparse: bool) -> Iterator[Configuration]:
+def _configurations(logits: str, sparse: bool, *, hip: bool) -> Iterator[Configuration]:
     tiles, rows = 64, 64
     heat: dict[str, Any] = {"HAS_HEAT": sparse}
     limits: dict[str, Any] = {**heat, "HAS_TOP_K": sparse, "HAS_TOP_P": sparse, "HAS_MIN_P": sparse}
@@ -59,7 +59,7 @@ def _configurations(logits: str, sparse: bool) -> Iterator[Configuration]:
         aligned = ("logits", "stride") if "logits" in signature else ()
         options = {"num_warps": warps(BLOCK)}
         if kernel in (law_kernel, chain_kernel):
-            options = held_options(BLOCK)
+            options = held_options(BLOCK, hip=hip)
         if kernel is follow_kernel:
             options = {"num_warps": 4}
         return Configuration(f"{title} {name}", kernel, signature, constants, aligned, options)
@@ -90,7 +90,7 @@ def _configurations(logits: str, sparse: bool) -> Iterator[Configuration]:
             **shared, **limits, "SPARSE": sparse, "RULE": rule, "PLACES": places,
             "PLACES_HELD": max(1, places),
         }  # fmt: skip
-        absent = unlimited | unlisted | (set() if places else {"q", "child"})
+        absent = unlimited | unlisted | (set() if places else {"q"})
         title = f"law {rule}{places or ''}"
         yield made(title, law_kernel, held, absent)
     for rule in ("greedy", "walk", "recursive"):
@@ -99,7 +99,7 @@ def _configurations(logits: str, sparse: bool) -> Iterator[Configuration]:
             "HAS_Q": rule == "walk", "CHECKED": rule == "walk", "ROWS": MOST_ROWS, "STEPS": 64,
             "SOME": 1024 // tiles,
         }  # fmt: skip
-        unread = {"greedy": {"sound", "child", "q"}, "walk": {"peaks", "picks", "child"}}
+        unread = {"greedy": {"q"}, "walk": {"peaks", "picks"}}
         yield made(f"follow {rule}", follow_kernel, held, unread.get(rule, {"peaks", "picks", "q"}))
     for rule in ("token", "block"):
         held = {

@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
+from specdec.kernels.verify_records import CHILD, DECIDED, DRAW, LAW, NODE, SOUND, TOKEN
+
 
 @triton.jit
 def follow_kernel(
-    peaks, picks, best, child, sound, tokens, cu_rows, parents, cu_draws, draw_rows, draw_laws, q,
+    peaks, picks, decided, tokens, cu_rows, parents, cu_draws, draws, q,
     accepted_out, tokens_out, path_out, valid_out, V, C, depth,
     FROM_TILES: tl.constexpr, BY_CHILD: tl.constexpr, HAS_Q: tl.constexpr, CHECKED: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, SOME: tl.constexpr,
@@ -32,27 +34,26 @@ def follow_kernel(
             unsound += tl.sum(
                 ((row < end) & ((top == float("-inf")) | (top == float("inf")))).to(tl.int32)
             )
-            tl.store(best + row, token.to(tl.int64), row < end)
+            tl.store(decided + row * DECIDED + TOKEN, token.to(tl.int64), row < end)
         tl.debug_barrier()
         is_sound = unsound == 0
     else:
-        is_sound = tl.min(tl.load(sound + first + r, inside, other=1)) > 0
+        is_sound = tl.min(tl.load(decided + (first + r) * DECIDED + SOUND, inside, other=1)) > 0
     is_node = inside & (r > 0)
     parent = tl.load(parents + first + r, is_node, other=-1)
     token = tl.load(tokens + first + r - sequence - 1, is_node, other=-1)
-    if BY_CHILD:
-        passed = is_node & (tl.load(child + parent, is_node, other=-1) == first + r)
-    else:
-        passed = is_node & (tl.load(best + parent, is_node, other=-1) == token)
+    chosen = decided + parent * DECIDED + (CHILD if BY_CHILD else TOKEN)
+    wanted = first + r if BY_CHILD else token
+    passed = is_node & (tl.load(chosen, is_node, other=-1) == wanted)
     if CHECKED:
         is_sound = is_sound & (tl.min(tl.where(is_node, (token >= 0) & (token < V), 1)) > 0)
         if HAS_Q:
             for d in range(tl.load(cu_draws + first), tl.load(cu_draws + end), ROWS):
                 at = d + r
                 held = at < tl.load(cu_draws + end)
-                node = tl.load(draw_rows + at, held, other=0)
+                node = tl.load(draws + at * DRAW + NODE, held, other=0)
                 x = tl.load(tokens + node - sequence - 1, held, other=-1)
-                law = tl.load(draw_laws + at, held, other=-1)
+                law = tl.load(draws + at * DRAW + LAW, held, other=-1)
                 known = held & (law >= 0) & (x >= 0) & (x < V)
                 mass = tl.load(q + law * V + x, known, other=1.0).to(tl.float32)
                 is_sound = is_sound & (tl.min((mass > 0).to(tl.int32)) > 0)
@@ -67,7 +68,7 @@ def follow_kernel(
         accepted += 1
         at = below
         below = tl.max(tl.where(passed & (parent == at), first + r, -1))
-    emitted = tl.where(step == accepted, tl.load(best + at), emitted)
+    emitted = tl.where(step == accepted, tl.load(decided + at * DECIDED + TOKEN), emitted)
     tl.store(accepted_out + sequence, accepted)
     tl.store(tokens_out + sequence * (depth + 1) + step, emitted, step <= depth)
     tl.store(path_out + sequence * depth + step, path, step < depth)

@@ -18,7 +18,31 @@ from specdec.kernels.laws import (
     truncate,
 )
 from specdec.kernels.philox import philox
-from specdec.kernels.verify_noise import ACCEPT, BONUS, COUPLED, RESIDUAL, coin_of, gumbel
+from specdec.kernels.verify_noise import (
+    ACCEPT,
+    BONUS,
+    COUPLED,
+    RESIDUAL,
+    coin_of,
+    gumbel,
+)
+from specdec.kernels.verify_records import (
+    CHILD,
+    COPY,
+    CUT,
+    DECIDED,
+    DRAW,
+    LAW,
+    LAW_NUMBERS,
+    LENGTH,
+    NODE,
+    PEAK,
+    PLACE,
+    REDUCED,
+    SOUND,
+    TOKEN,
+    TOTAL,
+)
 
 
 @triton.jit
@@ -49,32 +73,30 @@ def best_kernel(
 
 
 @triton.jit
-def _without(x, left, first, last, tokens, draw_rows, draw_laws, law, sequence):
+def _without(x, left, first, last, drafted, draws, law):
     """Zero at the tokens of proposals first .. last - 1, of all (law -2) or of those from a law."""
     for d in range(first, last):
-        token = tl.load(tokens + tl.load(draw_rows + d) - sequence - 1)
-        taken = (law == -2) | (tl.load(draw_laws + d) == law)
+        token = tl.load(drafted + tl.load(draws + d * DRAW + NODE))
+        taken = (law == -2) | (tl.load(draws + d * DRAW + LAW) == law)
         left = tl.where((x == token) & taken, 0.0, left)
     return left
 
 
 @triton.jit
-def _rest_of(
-    q, law, V, first, last, tokens, draw_rows, draw_laws, sequence, BLOCK: tl.constexpr
-):  # fmt: skip
+def _rest_of(q, law, V, first, last, drafted, draws, BLOCK: tl.constexpr):
     """The mass that earlier siblings left of their law, float64."""
     rest = tl.full((), 0.0, tl.float64)
     for begin in range(0, V, BLOCK):
         x = begin + tl.arange(0, BLOCK)
         held = tl.load(q + law * V + x, x < V, other=0.0).to(tl.float32)
-        held = _without(x, held, first, last, tokens, draw_rows, draw_laws, law, sequence)
+        held = _without(x, held, first, last, drafted, draws, law)
         rest += tl.sum(held).to(tl.float64)
     return rest
 
 
 @triton.jit
 def _remainder(
-    x, e, total, q, V, used_laws, row, shares, first, last, tokens, draw_rows, draw_laws, sequence,
+    x, e, total, q, V, used_laws, row, shares, first, last, drafted, draws,
     PLACES: tl.constexpr, PLACES_HELD: tl.constexpr,
 ):  # fmt: skip
     """What rejected proposals first .. last - 1 left of p, on one tile."""
@@ -85,15 +107,14 @@ def _remainder(
             law = tl.load(used_laws + row * PLACES + s)
             left -= share * tl.load(q + law * V + x, (x < V) & (e > 0), other=0.0).to(tl.float32)
     left = tl.maximum(left, 0.0)
-    return _without(x, left, first, last, tokens, draw_rows, draw_laws, -2, sequence)
+    return _without(x, left, first, last, drafted, draws, -2)
 
 
 @triton.jit
 def law_kernel(
-    logits, stride, temperature, top_k, top_p, min_p, peaks, sums, list_tokens, list_scores,
-    counts, dropped, parts, row_peaks, row_totals, row_cuts, row_lengths, sound, best, child,
-    keys, positions, tokens, cu_rows, sequences, depths, cu_draws, draw_rows, draw_laws,
-    draw_places, draw_copies, draw_reduced, used_laws, q, V, C,
+    sequences, temperature, top_k, top_p, min_p, peaks, sums, counts, dropped, V, C, laws,
+    list_tokens, list_scores, logits, stride, parts, decided, keys, positions, tokens,
+    cu_rows, depths, cu_draws, draws, used_laws, q,
     HAS_HEAT: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
     HAS_MIN_P: tl.constexpr, SPARSE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
     PLACES_HELD: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
@@ -115,10 +136,11 @@ def law_kernel(
             below, HAS_TOP_K, HAS_TOP_P, HAS_MIN_P, BLOCK,
         )  # fmt: skip
     mass = total.to(tl.float32)
-    tl.store(row_peaks + row, peak)
-    tl.store(row_totals + row, mass)
-    tl.store(row_cuts + row, cut)
-    tl.store(row_lengths + row, length)
+    numbers = laws + row * LAW_NUMBERS
+    tl.store(numbers + PEAK, peak)
+    tl.store(numbers + TOTAL, mass)
+    tl.store(numbers + CUT, cut)
+    tl.store(numbers + LENGTH, tl.full((), length, tl.int32).to(tl.float32, bitcast=True))
     # NaN and infinity among the logits make the sum of all weights NaN
     is_sound = (whole > 0) & (whole < float("inf")) & (peak < float("inf"))
     if RULE == "gumbel":
@@ -141,24 +163,26 @@ def law_kernel(
             token = tl.min(tl.where(s == top, x, V - 1)).to(tl.int64)
             found = tl.where(top > score_found, token, found)
             score_found = tl.maximum(top, score_found)
-        tl.store(best + row, found)
+        tl.store(decided + row * DECIDED + TOKEN, found)
     if (RULE == "walk") | (RULE == "recursive"):
         local = row - tl.load(cu_rows + sequence)
-        first = tl.load(cu_draws + row)
+        drafted = tokens - sequence - 1  # + row
+        first = tl.load(cu_draws + row).to(tl.int32)
         last = first
         taken = tl.full((), -1, tl.int64)
         shares = tl.zeros([PLACES_HELD], tl.float32)
         kept = tl.full((), 1.0, tl.float64)  # mass of the remainder
         if RULE == "recursive":
-            end = tl.load(cu_draws + row + 1)
+            end = tl.load(cu_draws + row + 1).to(tl.int32)
             while (last < end) & (taken < 0):
-                node = tl.load(draw_rows + last)
-                token = tl.load(tokens + node - sequence - 1)
+                draw = draws + last * DRAW
+                node = tl.load(draw + NODE)
+                token = tl.load(drafted + node)
                 inside = (token >= 0) & (token < V)
                 is_sound = is_sound & inside
                 x = tl.minimum(tl.maximum(token, 0), V - 1)
-                law = tl.load(draw_laws + last)
-                copy = tl.load(draw_copies + last)
+                law = tl.load(draw + LAW)
+                copy = tl.load(draw + COPY)
                 s = score(logits, stride, row, x, True, heat, HAS_HEAT)
                 left = tl.where(s >= cut, tl.exp(s - peak) / mass, 0.0)
                 scale = tl.full((), 1.0, tl.float64)
@@ -171,15 +195,10 @@ def law_kernel(
                         left -= share * held.to(tl.float32)
                     if law >= 0:
                         had = tl.load(q + law * V + x).to(tl.float32)
-                        if tl.load(draw_reduced + last) > 0:
-                            rest = _rest_of(
-                                q, law, V, first, last, tokens, draw_rows, draw_laws, sequence,
-                                BLOCK,
-                            )  # fmt: skip
+                        if tl.load(draw + REDUCED) > 0:
+                            rest = _rest_of(q, law, V, first, last, drafted, draws, BLOCK)
                             scale = 1 / rest
-                            had = _without(
-                                x, had, first, last, tokens, draw_rows, draw_laws, law, sequence
-                            )
+                            had = _without(x, had, first, last, drafted, draws, law)
                         is_sound = is_sound & (had > 0)
                         drawn = had.to(tl.float64) * scale
                 left = tl.where(copy > 0, 0.0, tl.maximum(left, 0.0))
@@ -189,7 +208,7 @@ def law_kernel(
                     taken = node
                 else:
                     before = shares
-                    own = tl.load(draw_places + last)
+                    own = tl.load(draw + PLACE)
                     more = (kept * scale).to(tl.float32)
                     here = (tl.arange(0, PLACES_HELD) == own) & (law >= 0)
                     shares = tl.where(here, tl.minimum(shares + more, 1e30), shares)
@@ -201,8 +220,8 @@ def law_kernel(
                             cut, heat, HAS_HEAT, SPARSE, BLOCK,
                         )  # fmt: skip
                         rest_here = _remainder(
-                            xs, e, mass, q, V, used_laws, row, shares, first, last, tokens,
-                            draw_rows, draw_laws, sequence, PLACES, PLACES_HELD,
+                            xs, e, mass, q, V, used_laws, row, shares, first, last, drafted,
+                            draws, PLACES, PLACES_HELD,
                         )  # fmt: skip
                         held_here = tl.sum(rest_here)
                         tl.store(parts + row * C + tile, held_here)
@@ -215,7 +234,7 @@ def law_kernel(
                             shares = before
                         else:
                             kept = tl.full((), 0.0, tl.float64)
-            tl.store(child + row, taken)
+            tl.store(decided + row * DECIDED + CHILD, taken)
         if taken < 0:
             is_plain = (last == first) | (kept <= 0)
             if SPARSE:
@@ -241,9 +260,9 @@ def law_kernel(
             )  # fmt: skip
             if RULE == "recursive":
                 left_here = _remainder(
-                    xs, e, mass, q, V, used_laws, row, shares, first, last, tokens, draw_rows,
-                    draw_laws, sequence, PLACES, PLACES_HELD,
+                    xs, e, mass, q, V, used_laws, row, shares, first, last, drafted, draws,
+                    PLACES, PLACES_HELD,
                 )  # fmt: skip
                 e = tl.where(is_plain, e, left_here)
-            tl.store(best + row, pick_token(xs, e, left_over, BLOCK))
-    tl.store(sound + row, is_sound.to(tl.int32))
+            tl.store(decided + row * DECIDED + TOKEN, pick_token(xs, e, left_over, BLOCK))
+    tl.store(decided + row * DECIDED + SOUND, is_sound.to(tl.int64))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.checks import check_tensor
+from specdec.kernels.verify_records import DRAW
 
 MOST_ROWS = 256  # of one tree, its root included
 
@@ -22,11 +23,7 @@ class Trees:
     parents: Tensor  # (R,) row, -1 for a root
     depths: Tensor  # (R,) a root's is 0
     cu_draws: Tensor  # (R + 1,) first proposal of each row; proposals in draw order
-    draw_rows: Tensor  # (P,) the row that it names
-    draw_laws: Tensor  # (P,) stored law, -1 for a point mass
-    draw_places: Tensor  # (P,) which of the parent's laws that is
-    draw_copies: Tensor  # (P,) earlier proposals of the same row
-    draw_reduced: Tensor  # (P,) 1: drawn from what earlier siblings left of their law, else 0
+    draws: Tensor  # (P, DRAW) records of the proposals: see verify_records
     used_laws: Tensor  # (R, places) the different stored laws of a row's proposals, -1 pads
     most_rows: int  # of one tree, its root included
     depth: int  # of the deepest tree
@@ -88,14 +85,10 @@ class Trees:
         def tensor(values: object) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        rows_of, laws_of, places_of, copies_of, reduced_of = (
-            tensor([entry[i] for entry in flat]) for i in range(5)
-        )
         return Trees(
             tokens, tensor(cu_rows),
             tensor([b for b, tree in enumerate(parents) for _ in range(len(tree) + 1)]),
-            tensor(ups), tensor(depths), tensor(starts), rows_of, laws_of, places_of, copies_of,
-            reduced_of,
+            tensor(ups), tensor(depths), tensor(starts), tensor(flat).view(-1, DRAW.value),
             tensor([own + [-1] * (places - len(own)) for own in used]).view(rows, places),
             max((len(tree) + 1 for tree in parents), default=1), max(depths, default=0), laws,
             len(flat) == nodes

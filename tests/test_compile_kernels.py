@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -150,3 +151,16 @@ def test_every_configuration_has_a_name_of_its_own(target: str) -> None:
     names = Counter(configuration.name for configuration in configurations(target))
     assert len(names) > 20
     assert max(names.values()) == 1
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_kernel_is_compiled_for_every_target() -> None:
+    defined = {
+        name
+        for path in (ROOT / "kernels").glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    for target in SHARED_LIMIT:
+        assert {each.kernel.fn.__name__ for each in configurations(target)} == defined

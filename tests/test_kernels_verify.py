@@ -493,8 +493,8 @@ from pathlib import Path
 from specdec.kernels.configuration import TARGETS
 from specdec.kernels.verify_configurations import configurations
 tool = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
-chosen = [c for c in configurations() if c.name in sys.argv[1:]]
-assert len(chosen) == len(sys.argv) - 1, [c.name for c in configurations()]
+chosen = [c for c in configurations("sm_80") if c.name in sys.argv[1:]]
+assert len(chosen) == len(sys.argv) - 1, [c.name for c in configurations("sm_80")]
 for configuration in chosen:
     done = configuration.compile(TARGETS["sm_80"])
     Path("kernel.cubin").write_bytes(done.asm["cubin"])

@@ -11,8 +11,9 @@ import pytest
 from specdec.errors import InvalidArgumentError
 from specdec.evals.check_results import main as check
 from specdec.evals.markdown import table
+from specdec.evals.results_kernels import gpu_bench, kernel_compile
 from specdec.evals.results_page import page
-from specdec.evals.results_sections import SECTIONS, bench, gpu_bench, kernel_compile
+from specdec.evals.results_sections import SECTIONS, bench
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evals" / "results"
@@ -165,13 +166,15 @@ def test_gpu_figures_stand_beside_their_contenders() -> None:
 
 def test_kernels_are_summed_up_and_a_violation_is_shown() -> None:
     fine = [96, 65536, {}, {"ld.global 16 B": 4, "wgmma": 12}, {"num_warps": 4}]
+    other = [112, 65536, {}, {"wgmma": 8}, {"num_warps": 4}]
     spills = [255, 1024, {"bytes of stack": 8}, {}, {"num_warps": 4}]
     raw = {
         "shared_limit": {"sm_90": 232448}, "violations": ["combine b, sm_90: spills 8 bytes"],
-        "targets": {"sm_90": {"attend plain bf16 128 page 16 rows 64": fine, "combine b": spills}},
+        "targets": {"sm_90": {"attend a": fine, "attend b": other, "combine b": spills}},
     }  # fmt: skip
     text = "\n".join(kernel_compile({"kernel_compile.json": raw}))
     assert "- combine b, sm_90: spills 8 bytes" in text
-    assert "| sm_90 | 2 | 255 | 64 of 227 | 1 |" in text
-    assert "| attend | 96, 65536 |" in text
-    assert "page 16 rows 64 | 96 | 64 | ld.global 16 B: 4, wgmma: 12 |" in text
+    assert "| sm_90 | 3 | 255 | 64 of 227 | 1 |" in text
+    row = "2 | 96 to 112 | 65536 | 0 | ld.global 16 B: 0 to 4, wgmma: 8 to 12 |"
+    assert f"| attend, sm_90 | {row}" in text
+    assert "| combine, sm_90 | 1 | 255 | 1024 | 1 |  |" in text

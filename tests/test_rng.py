@@ -97,14 +97,10 @@ def test_words_and_uniforms_have_the_same_bits_on_every_path(path: str, n: int) 
 
 
 COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from specdec.kernels import philox
-signature = {"counters": "*i64", "keys": "*i64", "words": "*i64", "uniforms": "*fp32",
-             "log_uniforms": "*fp64", "n": "i32", "BLOCK": "constexpr"}
-source = ASTSource(philox._philox_kernel, signature, {"BLOCK": 256})
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+from specdec.kernels.configuration import TARGETS
+[configuration] = philox.configurations()
+print(configuration.compile(TARGETS["sm_90"]).asm["ptx"])
 """
 
 
