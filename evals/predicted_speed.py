@@ -3,13 +3,13 @@
     python -m specdec.evals.predicted_speed --out evals/results/predicted_speed.json
 
 Each setting's prediction is that of `specdec eval` (evals/acceptance.py): what it accepts on the
-prompts, counted, and what its steps cost on this machine, measured apart by the profiler. Then
-plain decoding and every setting continue the same prompts in turn. Needs a quiet machine.
+prompts, counted, and what its steps cost on this machine, measured apart by the profiler. Plain
+decoding and every setting continue the same prompts in turn; costs are measured anew from time to
+time, because a shared machine is not the same one all along, and the median counts.
 """
 
 import json
-import os
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import Engine, SamplingParams, zoo
 from specdec.evals import prompts as prompt_sets
-from specdec.evals.acceptance import Recorder, forecast, seconds_per_token
+from specdec.evals.acceptance import Recorder, Tally, forecast, seconds_per_token
 from specdec.evals.provenance import model_facts, provenance
 from specdec.rng import derive_seed
 
@@ -43,27 +43,43 @@ def settings(draft: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def predicted(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> dict[str, Any]:
-    """From counts and costs; the engine is used for nothing else."""
-    tallies = []
-    recorder = Recorder(engine)
-    for number, prompt in enumerate(prompts):
-        tallies += recorder.run([prompt], sampling, [derive_seed(0, number, 0)])
-    depth = max(len(tally.offered) for tally in tallies)
-    costs = engine.step_costs(sampling, max_depth=depth)
-    return {
-        **forecast(tallies, costs, drafts=True),
-        "tokens_per_target_pass": sum(t.tokens for t in tallies) / sum(t.steps for t in tallies),
-    }
+class Prediction:
+    """One setting's: its counts, and a forecast from each measurement of what its steps cost."""
+
+    def __init__(self, engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> None:
+        self._engine, self._sampling = engine, sampling
+        recorder = Recorder(engine)
+        self._tallies: list[Tally] = []
+        for number, prompt in enumerate(prompts):
+            self._tallies += recorder.run([prompt], sampling, [derive_seed(0, number, 0)])
+        self._forecasts: list[dict[str, Any]] = []
+
+    def measure_costs(self) -> None:
+        """Measures costs anew, and predicts with them."""
+        depth = max(len(tally.offered) for tally in self._tallies)
+        costs = self._engine.step_costs(self._sampling, max_depth=depth, fresh=True)
+        self._forecasts.append(forecast(self._tallies, costs, drafts=True))
+
+    def outcome(self) -> dict[str, Any]:
+        """Medians over the measurements of costs."""
+        steps = sum(t.steps for t in self._tallies)
+        values = [its["predicted_speed"] for its in self._forecasts]
+        return {
+            "predicted_speed": median(values), "predictions": values,
+            "cost_ratio": median(its["cost_ratio"] for its in self._forecasts),
+            "tokens_per_target_pass": sum(t.tokens for t in self._tallies) / steps,
+        }  # fmt: skip
 
 
 def race(
-    engines: dict[str, Engine], prompts: list[list[int]], sampling: SamplingParams, rounds: int
-) -> dict[str, list[list[float]]]:
+    engines: dict[str, Engine], prompts: list[list[int]], sampling: SamplingParams, rounds: int,
+    before: Callable[[int], None] = lambda _: None,
+) -> dict[str, list[list[float]]]:  # fmt: skip
     """Seconds per token by setting, prompt and round, behind the step that reads the prompt; every
-    prompt's first round warms up and is left out."""
+    prompt's first round warms up and is left out. before: called with every prompt's number."""
     seconds: dict[str, list[list[float]]] = {name: [] for name in engines}
     for number, prompt in enumerate(tqdm(prompts, desc="measured")):
+        before(number)
         for times in seconds.values():
             times.append([])
         for round_ in range(rounds + 1):
@@ -87,7 +103,8 @@ def rows(
                 "setting": name, "predicted": guess, "measured": round(measured, 4),
                 "off_by": round(guess / measured - 1, 4), "within_bar": abs(guess / measured - 1)
                 <= BAR, "tokens_per_target_pass": round(its["tokens_per_target_pass"], 4),
-                "cost_ratio": its["cost_ratio"], "seconds": seconds[name],
+                "cost_ratio": its["cost_ratio"], "predictions": its["predictions"],
+                "seconds": seconds[name],
             }
         )  # fmt: skip
     return found
@@ -99,12 +116,19 @@ def rows(
 @click.option("--prompts", "count", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--tokens", type=click.IntRange(min=8), default=128, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--every",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Prompts after which costs are measured again.",
+)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
-def main(out: Path, dtype: str, count: int, tokens: int, rounds: int, temperature: float) -> None:
+def main(
+    out: Path, dtype: str, count: int, tokens: int, rounds: int, every: int, temperature: float
+) -> None:
     """Predicts, then measures, every setting."""
     torch.set_num_threads(1)
-    # costs are measured now, not taken over from another day
-    os.environ["SPECDEC_CACHE"] = tempfile.mkdtemp(prefix="specdec-costs-")
     target, draft = (
         AutoModelForCausalLM.from_pretrained(zoo.path(name), dtype=DTYPES[dtype]).eval()
         for name in ("big", "small")
@@ -113,14 +137,20 @@ def main(out: Path, dtype: str, count: int, tokens: int, rounds: int, temperatur
     prompts = [tokenizer(p.text)["input_ids"] for p in prompt_sets.load("heldout_code")[:count]]
     sampling = SamplingParams(max_new_tokens=tokens, temperature=temperature)
     made = settings(draft)
-    forecasts = {
-        name: predicted(Engine(target, grow=True, **arguments), prompts, sampling)
-        for name, arguments in tqdm(made.items(), desc="predicted")
+    predictions = {
+        name: Prediction(Engine(target, grow=True, **arguments), prompts, sampling)
+        for name, arguments in tqdm(made.items(), desc="counted")
         if arguments
     }
+
+    def measure_costs(number: int) -> None:
+        if number % every == 0:
+            for each in predictions.values():
+                each.measure_costs()
+
     engines = {name: Engine(target, grow=True, **arguments) for name, arguments in made.items()}
-    seconds = race(engines, prompts, sampling, rounds)
-    found = rows(forecasts, seconds)
+    seconds = race(engines, prompts, sampling, rounds, measure_costs)
+    found = rows({name: each.outcome() for name, each in predictions.items()}, seconds)
     worst = max(abs(row["off_by"]) for row in found)
     result = {
         "provenance": {

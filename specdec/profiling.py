@@ -26,8 +26,11 @@ CONTEXT, FAR_CONTEXT = 64, 512
 _BEHIND = 32  # tokens that the draft has missed where catching up is measured
 # Outer depths first, so that a slow model is known roughly before it is known well.
 _DEPTHS = (0, 1, 4, 8, 2, 16, 3, 6, 12, 32, 24)
-_ROUNDS = 40
+_ROUNDS, _FEW_ROUNDS = 40, 3
 _PATTERN = 23  # the made-up text repeats itself, so that something can be looked up in it
+
+
+_Step = tuple[float, float, int]  # seconds of drafting and of verification, rows per sequence
 
 
 @dataclass(slots=True)
@@ -58,8 +61,7 @@ class _Bench:
         self._rewind(1)
         return seconds
 
-    def step(self, depth: int) -> tuple[float, float, int]:
-        """Seconds of drafting and of verification, rows per sequence."""
+    def step(self, depth: int) -> _Step:
         if depth == 0:
             self._rewind(1)
             empty = TokenTree.empty(self.verifier.runner.device)
@@ -119,7 +121,9 @@ def profile(
                     measure(depth)
         catch_up = _catch_up(bench) if proposer.draft_rows(1) else 0.0
     few = [d for d in (0, 4, 1) if d in draft][:2]
-    draft_slope, verify_slope, row_slope = _slopes(verifier, proposer, noise, law, batch, few)
+    draft_slope, verify_slope, row_slope = _slopes(
+        verifier, proposer, noise, law, batch, few, seconds / 3
+    )
     depths = sorted(draft)
     return StepCosts(
         batch, CONTEXT, tuple(depths), tuple(rows[d] for d in depths),
@@ -200,30 +204,38 @@ def _usual(measure: Callable[[], float]) -> float:
 
 def _slopes(
     verifier: Verifier, proposer: Proposer, noise: Noise, law: Law, batch: int,
-    depths: Items[int],
+    depths: Items[int], seconds: float,
 ) -> tuple[float, float, float]:  # fmt: skip
-    """Seconds per further token of context: of a drafted level, of a pass, of each of its rows."""
+    """Seconds per further token of context: of a drafted level, of a pass, of each of its rows.
+
+    Steps of both contexts take turns: the difference is small beside what a slow spell adds to all
+    steps of one of them.
+    """
     limits = [m for m in (verifier.runner.max_positions, proposer.max_positions) if m is not None]
     room = _room(proposer, depths)
-    far = min([FAR_CONTEXT, *(limit - room for limit in limits)])
-    if far < 2 * CONTEXT or not isinstance(verifier.runner, ModelRunner):
+    distance = min([FAR_CONTEXT, *(limit - room for limit in limits)]) - CONTEXT
+    if distance < CONTEXT or not isinstance(verifier.runner, ModelRunner):
         return 0.0, 0.0, 0.0
-    found: dict[int, list[tuple[float, float, int]]] = {}
-    for context in (CONTEXT, far):
-        with _Opened(verifier, proposer, noise, law, batch, context, room) as bench:
-            found[context] = []
+    opened = verifier, proposer, noise, law, batch
+    with (
+        _Opened(*opened, CONTEXT, room) as near,
+        _Opened(*opened, CONTEXT + distance, room) as far,
+    ):
+        pairs: dict[int, list[tuple[_Step, _Step]]] = {}
+        began = time.perf_counter()
+        for count in range(_ROUNDS):
+            if count > _FEW_ROUNDS and time.perf_counter() - began > seconds:
+                break
             for depth in depths:
-                bench.step(depth)
-                steps = [bench.step(depth) for _ in range(5)]
-                found[context].append(
-                    (median(s[0] for s in steps), median(s[1] for s in steps), steps[0][2])
-                )
+                pair = near.step(depth), far.step(depth)
+                if count:  # the first one warms up
+                    pairs.setdefault(depth, []).append(pair)
     more = [
-        ((b[0] - a[0]) / (far - CONTEXT), (b[1] - a[1]) / (far - CONTEXT), a[2])
-        for a, b in zip(found[CONTEXT], found[far], strict=True)
+        tuple(median(b[part] - a[part] for a, b in pairs[depth]) / distance for part in (0, 1))
+        for depth in depths
     ]
-    (_, plain, _), (drafted, verified, rows) = more[0], more[-1]
-    per_row = max(0.0, verified - plain) / max(1, rows - 1)
+    (_, plain), (drafted, verified) = more[0], more[-1]
+    per_row = max(0.0, verified - plain) / max(1, pairs[depths[-1]][0][0][2] - 1)
     return max(0.0, drafted) / max(1, depths[-1]), max(0.0, plain - per_row), per_row
 
 
@@ -258,19 +270,23 @@ class Profiler:
             law = next((s.law for s in sequences if not s.law.greedy), law)
         return self.costs(law, len(sequences), max_depth)
 
-    def costs(self, law: Law, batch: int, max_depth: int) -> StepCosts | None:
+    def costs(
+        self, law: Law, batch: int, max_depth: int, *, fresh: bool = False
+    ) -> StepCosts | None:
         """Costs of a step of a batch, rounded up to a power of two, sampled by this law, down to a
-        depth; None where they cannot be measured."""
+        depth; None where they cannot be measured. fresh: measured now and kept nowhere."""
         batch = 1 << (batch - 1).bit_length()
         mode = _mode(law)
         where = (batch, mode, max_depth)
-        if where not in self._known:
-            with nullcontext() if self._uses_threads() else one_thread():
-                found = self._find(batch, law, mode, max_depth)
-            if found is None:
-                return None
+        if not fresh and where in self._known:
+            return self._known[where]
+        with nullcontext() if self._uses_threads() else one_thread():
+            if fresh:
+                return self._measure(batch, law, max_depth)
+            found = self._find(batch, law, mode, max_depth)
+        if found is not None:
             self._known[where] = found
-        return self._known[where]
+        return found
 
     def _uses_threads(self) -> bool:
         """Whether some runner has work for a second thread in every pass, as in a real step."""
@@ -278,7 +294,6 @@ class Profiler:
         return any(getattr(runner, "uses_threads", True) for runner in runners)
 
     def _find(self, batch: int, law: Law, mode: str, max_depth: int) -> StepCosts | None:
-        verifier, proposer, noise = self._parts
         key = self._key(batch, mode, max_depth)
         kept = None if key is None else CostCache(key)
         if kept is not None:
@@ -287,15 +302,19 @@ class Profiler:
                 _MEASURED[entry] = loaded
             if entry in _MEASURED:
                 return _MEASURED[entry]
-        plain = law.truncated(law.truncation, greedy=law.greedy, processors=False)
-        try:
-            costs = profile(verifier, proposer, noise, plain, batch, max_depth=max_depth)
-        except (CacheFullError, NumericalError):  # a model gone wrong is named by the real step
-            return None
-        if kept is not None:
+        costs = self._measure(batch, law, max_depth)
+        if kept is not None and costs is not None:
             _MEASURED[tuple(kept.key.items())] = costs
             kept.save(costs)
         return costs
+
+    def _measure(self, batch: int, law: Law, max_depth: int) -> StepCosts | None:
+        verifier, proposer, noise = self._parts
+        plain = law.truncated(law.truncation, greedy=law.greedy, processors=False)
+        try:
+            return profile(verifier, proposer, noise, plain, batch, max_depth=max_depth)
+        except (CacheFullError, NumericalError):  # a model gone wrong is named by the real step
+            return None
 
     def _key(self, batch: int, mode: str, max_depth: int) -> dict[str, str] | None:
         verifier, proposer, _ = self._parts

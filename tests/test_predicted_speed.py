@@ -6,7 +6,7 @@ import pytest
 
 from specdec import Engine, SamplingParams
 from specdec.evals.acceptance import seconds_per_token
-from specdec.evals.predicted_speed import BAR, LENGTHS, TREES, predicted, race, rows, settings
+from specdec.evals.predicted_speed import BAR, LENGTHS, TREES, Prediction, race, rows, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,24 +24,32 @@ def test_settings_are_the_lengths_and_trees(draft: Model) -> None:
 
 def test_prediction_and_measurement(target: Model, draft: Model) -> None:
     made = {name: settings(draft)[name] for name in ("plain", "draft 2", "tree 2,1")}
-    forecasts = {
-        name: predicted(Engine(target, grow=True, **arguments), [PROMPT], GREEDY)
+    predictions = {
+        name: Prediction(Engine(target, grow=True, **arguments), [PROMPT], GREEDY)
         for name, arguments in made.items()
         if arguments
     }
     engines = {name: Engine(target, grow=True, **arguments) for name, arguments in made.items()}
-    seconds = race(engines, [PROMPT, [0, 7]], GREEDY, rounds=2)
+
+    def before(number: int) -> None:
+        assert number in (0, 1)
+        for each in predictions.values():
+            each.measure_costs()
+
+    seconds = race(engines, [PROMPT, [0, 7]], GREEDY, rounds=2, before=before)
     assert list(seconds) == list(made)
     assert all([len(times) for times in its] == [2, 2] for its in seconds.values())
-    found = rows(forecasts, seconds)
+    found = rows({name: each.outcome() for name, each in predictions.items()}, seconds)
     assert [row["setting"] for row in found] == ["draft 2", "tree 2,1"]
     for row in found:
         assert row["predicted"] > 0
+        assert len(row["predictions"]) == 2
         assert 1 <= row["tokens_per_target_pass"] <= 3
 
 
 def test_rows_compare_with_the_bar() -> None:
-    its = {"predicted_speed": 2.1, "tokens_per_target_pass": 3.0, "cost_ratio": 0.1}
+    its: dict[str, Any] = {"predictions": [2.1]}
+    its |= {"predicted_speed": 2.1, "tokens_per_target_pass": 3.0, "cost_ratio": 0.1}
     seconds = {"plain": [[4.0, 4.0, 9.0]], "near": [[2.0]], "far": [[2.5]]}
     near, far = rows({"near": its, "far": its}, seconds)
     assert (near["measured"], near["within_bar"]) == (2.0, True)
