@@ -281,7 +281,8 @@ class Engine:
         if self.proposer is not None:
             self.policy.prepare(sequences)
         try:
-            with one_thread() if self._is_light(sequences) else nullcontext():
+            several = torch.get_num_threads() > 1
+            with one_thread() if several and self._is_light(sequences) else nullcontext():
                 return self._advance(sequences)
         except BaseException:  # KeyboardInterrupt too
             for sequence in sequences:

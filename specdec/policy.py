@@ -364,9 +364,10 @@ class CostPolicy(Policy):
         history = outlook.history
         here = history.situations[history.current]
         here.trying = False
-        if depth > 0 or not here.wait:
-            here.idle, here.wait = 0, self._first_wait(costs, outlook)
-        if depth == 0 and outlook.reach:
+        if depth > 0:
+            here.idle = here.wait = 0
+        elif outlook.reach:
+            here.wait = here.wait or self._first_wait(costs, outlook)
             here.idle += 1
             if here.idle >= here.wait:
                 here.idle, here.wait = 0, min(2 * here.wait, _LONGEST_WAIT)
@@ -376,8 +377,6 @@ class CostPolicy(Policy):
 
     def _first_wait(self, costs: StepCosts, outlook: _Outlook) -> int:
         """Steps after which a token is tried: the more a try costs, the later."""
-        if not outlook.reach:
-            return _FIRST_WAIT
         context = len(outlook.sequence.tokens)
         plain = costs.verify_seconds(1, context)
         tried = self._drafting(costs, 1, context) + costs.verify_seconds(

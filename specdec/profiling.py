@@ -15,6 +15,7 @@ from specdec.costs import CostCache, StepCosts, machine
 from specdec.errors import CacheFullError, NumericalError
 from specdec.forward import one_thread
 from specdec.proposers import Proposer
+from specdec.proposers.checked import checked
 from specdec.rng import Noise
 from specdec.runner import ModelRunner, SequenceRows
 from specdec.sampling import Law
@@ -27,6 +28,7 @@ _BEHIND = 32  # tokens that the draft has missed where catching up is measured
 # Outer depths first, so that a slow model is known roughly before it is known well.
 _DEPTHS = (0, 1, 4, 8, 2, 16, 3, 6, 12, 32, 24)
 _ROUNDS, _FEW_ROUNDS = 40, 3
+_RUN = 3  # steps of one depth on end that are counted
 _PATTERN = 23  # the made-up text repeats itself, so that something can be looked up in it
 
 
@@ -47,8 +49,10 @@ class _Bench:
         self._rewind(behind)
         nodes = self.proposer.nodes_within(depth)
         budgets = [nodes] * len(self.sequences)
+        where = self.verifier.runner.vocab_size, self.verifier.runner.device
         began = self._now()
         trees = self.proposer.propose(self.sequences, budgets, self.noise)
+        trees = checked(self.proposer, trees, self.sequences, budgets, *where)
         seconds = self._now() - began
         if not self.proposer.draft_rows(1):  # it may have found nothing in a made-up text
             trees = [tree if len(tree) else self._chain(nodes) for tree in trees]
@@ -96,8 +100,9 @@ def profile(
     """The costs of a step of `batch` sequences sampled by `law`, up to max_depth.
 
     Takes about `seconds` where single steps are quick, and a few steps where they are not. A figure
-    is the median of several rounds, which take turns, so that each step finds the caches as the one
-    before it left them. Raises CacheFullError where no room is left for the sequences.
+    is the median of several rounds, which take turns; in a round each depth takes a few steps, of
+    which the first does not count, so that a step finds the processor's caches as one of its own
+    kind left them. Raises CacheFullError where no room is left for the sequences.
     """
     grid = _grid(proposer, max_depth)
     draft: dict[int, list[float]] = {}
@@ -106,15 +111,16 @@ def profile(
     with _Opened(verifier, proposer, noise, law, batch, CONTEXT, _room(proposer, grid)) as bench:
         began = time.perf_counter()
 
-        def measure(depth: int) -> None:
-            drafting, verifying, rows[depth] = bench.step(depth)
-            draft.setdefault(depth, []).append(drafting)
-            verify.setdefault(depth, []).append(verifying)
+        def measure(depth: int, steps: int = _RUN) -> None:
+            bench.step(depth)
+            for _ in range(steps):
+                drafting, verifying, rows[depth] = bench.step(depth)
+                draft.setdefault(depth, []).append(drafting)
+                verify.setdefault(depth, []).append(verifying)
 
         for count, depth in enumerate(grid):
             if count < 3 or time.perf_counter() - began < seconds:
-                bench.step(depth)  # what only a first time needs
-                measure(depth)
+                measure(depth, 1)
         for _ in range(_ROUNDS):
             for depth in list(draft):
                 if time.perf_counter() - began < seconds:

@@ -205,6 +205,15 @@ def chain_parents(length: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
+def children(parents: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The children of the root, then of every node, in their order."""
+    found: list[list[int]] = [[] for _ in range(len(parents) + 1)]
+    for node, parent in enumerate(parents):
+        found[parent + 1].append(node)
+    return tuple(map(tuple, found))
+
+
+@lru_cache(maxsize=256)
 def _draws_below(
     parents: tuple[int, ...], draws: tuple[tuple[int, Law], ...] | None
 ) -> dict[int, list[int]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from specdec.acceptance import RULES, batched
 from specdec.acceptance.batched import Outcome, TreeBatch
+from specdec.acceptance.followed import followed, have_peaks
 from specdec.cache import CacheGroup
 from specdec.errors import InvalidArgumentError, InvalidLawError, NumericalError, SpecDecError
 from specdec.rng import Noise
@@ -79,10 +80,10 @@ class Verifier:
             [self._rows(s, t) for s, t in zip(sequences, trees, strict=True)]
         )
         counts = [len(tree) + 1 for tree in trees]
+        parts = logits.split(counts) if len(counts) > 1 else (logits,)
         verdicts: list[Verdict | None] = [None] * len(sequences)
         for members in _groups(sequences, trees):
             every = len(members) == len(sequences)
-            parts = logits.split(counts)
             rows = logits if every else torch.cat([parts[i] for i in members])
             chosen, its_trees = [sequences[i] for i in members], [trees[i] for i in members]
             answers = self._judge(chosen, its_trees, rows, noise)
@@ -108,32 +109,38 @@ class Verifier:
     ) -> list[Answer]:
         """The rule's answers for sequences that share one law; logits (R, V), root rows first."""
         law = sequences[0].law
-        batch = TreeBatch.of(trees)
         paths = _paths(sequences, trees)
         rule = self.rule_for(law, trees)
+        # rules that follow one line do so on the host where the numbers are there
+        on_host = logits.device.type == "cpu"
         if rule == "greedy":
             best = law.best(logits, paths)
+            if on_host:
+                return _followed(sequences, trees, best.tolist(), have_peaks(best, logits))
+            batch = TreeBatch.of(trees)
             return _to_host(batched.greedy(batch, best, logits), batch, sequences)
         p = law.probabilities(logits, paths)
-        seeds = [s.seed for s in sequences]
-        device = logits.device
+        batch = TreeBatch.of(trees)
         if rule == "gumbel":
-            where = [
-                (s.seed, len(s.tokens) + depth)
-                for s, tree in zip(sequences, trees, strict=True)
-                for depth in (0, *tree.depths)
-            ]
-            gumbel = noise.gumbel(
-                [seed for seed, _ in where], [at for _, at in where], p.shape[1], device
-            )
+            gumbel = _gumbel(sequences, trees, noise, p)
+            if on_host:
+                said, sound = batched.said_by_gumbel(batch, p, gumbel)
+                return _followed(sequences, trees, said.tolist(), sound.tolist())
             return _to_host(batched.gumbel(batch, p, gumbel), batch, sequences)
-        positions = [len(s.tokens) for s in sequences]
+        seeds, positions = [s.seed for s in sequences], [len(s.tokens) for s in sequences]
         rows = max(len(tree) for tree in trees) + 1
-        coins = noise.step(seeds, positions, rows, device, batch.copies)
+        coins = noise.step(seeds, positions, rows, logits.device, batch.copies)
         laws = [tree.laws for tree in trees if tree.laws is not None]
         q = None if not laws else laws[0] if len(laws) == 1 else torch.cat(laws)
+
+        def diagnose() -> None:
+            batched.diagnose(rule, batch, p, q)
+
+        if rule == "walk" and on_host:
+            said, sound = batched.said_by_walk(batch, p, q, coins)
+            return _followed(sequences, trees, said.tolist(), sound.tolist(), diagnose)
         outcome = batched.BY_COINS[rule](batch, p, q, coins)
-        return _to_host(outcome, batch, sequences, lambda: batched.diagnose(rule, batch, p, q))
+        return _to_host(outcome, batch, sequences, diagnose)
 
 
 def _is_drawn_once(tree: TokenTree) -> bool:
@@ -146,6 +153,8 @@ def _groups(sequences: Items[Sequence], trees: Items[TokenTree]) -> list[list[in
 
     Point masses have no stored rows, so they do not share a call with sampled drafts.
     """
+    if len(sequences) == 1:
+        return [[0]]
     groups: dict[tuple[int, bool], list[int]] = {}
     for index, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
         is_point = len(tree) > 0 and tree.laws is None
@@ -159,6 +168,30 @@ def _paths(sequences: Items[Sequence], trees: Items[TokenTree]) -> Callable[[], 
     return lambda: Paths.of_trees(
         prefixes, [tree.tokens for tree in trees], [tree.parents for tree in trees]
     )
+
+
+def _gumbel(sequences: Items[Sequence], trees: Items[TokenTree], noise: Noise, p: Tensor) -> Tensor:
+    """(R, V) the noise of each row's position."""
+    where = [
+        (s.seed, len(s.tokens) + depth)
+        for s, tree in zip(sequences, trees, strict=True)
+        for depth in (0, *tree.depths)
+    ]
+    seeds, positions = [seed for seed, _ in where], [at for _, at in where]
+    return noise.gumbel(seeds, positions, p.shape[1], p.device)
+
+
+def _followed(
+    sequences: Items[Sequence], trees: Items[TokenTree], said: list[int], sound: list[bool],
+    diagnose: Callable[[], None] | None = None,
+) -> list[Answer]:  # fmt: skip
+    """One answer per sequence, on the host; diagnose as for _to_host."""
+    answers: list[Answer] = []
+    for line, sequence in zip(followed(trees, said, sound), sequences, strict=True):
+        if line is None:
+            raise _numerical_error(sequence, diagnose)
+        answers.append(line)
+    return answers
 
 
 def _to_host(

@@ -25,7 +25,8 @@ from specdec.rng import StepNoise
 
 __all__ = [
     "BY_COINS", "Outcome", "TreeBatch", "block", "diagnose", "greedy", "gumbel", "kseq",
-    "recursive", "sample", "token", "traversal", "typical", "walk",
+    "recursive", "said_by_gumbel", "said_by_walk", "sample", "token", "traversal", "typical",
+    "walk",
 ]  # fmt: skip
 
 
@@ -40,9 +41,14 @@ def gumbel(batch: TreeBatch, p: Tensor, noise: Tensor) -> Outcome:
 
     p (R, V), noise (R, V) the Gumbel rows of each row's absolute position.
     """
+    return _walk(batch, *said_by_gumbel(batch, p, noise))
+
+
+def said_by_gumbel(batch: TreeBatch, p: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """What each row says where it is visited, (R,), and whether its law is one, (R,); as gumbel."""
     is_small = p.shape[1] < LARGE
     best = p.log().add_(noise).argmax(-1) if is_small else _visited(batch, p, noise)
-    return _walk(batch, best, is_law(p))
+    return best, is_law(p)
 
 
 def _visited(batch: TreeBatch, p: Tensor, noise: Tensor) -> Tensor:
@@ -74,6 +80,14 @@ def walk(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Out
     Lossless for every draft that does not see these coins; as good as any rule for deterministic
     drafts. p (R, V) the target's laws; q (L, V) is only checked.
     """
+    return _walk(batch, *said_by_walk(batch, p, q, noise))
+
+
+def said_by_walk(
+    batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise
+) -> tuple[Tensor, Tensor]:
+    """What each row says where it is visited, (R,), and whether the laws of each row or of each
+    sequence are laws, (R,) or (B,); as walk."""
     layout = batch.layout
     require("walk", layout, p, q)
     if layout.is_even:
@@ -81,7 +95,7 @@ def walk(batch: TreeBatch, p: Tensor, q: Tensor | None, noise: StepNoise) -> Out
     else:
         coins = noise.bonus[layout.row_sequence, layout.local]
     sound = is_law(p) if layout.is_chain and not layout.laws else valid(batch, p, q)
-    return _walk(batch, sample(p, coins), sound)
+    return sample(p, coins), sound
 
 
 def _walk(batch: TreeBatch, best: Tensor, is_valid: Tensor) -> Outcome:

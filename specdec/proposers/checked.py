@@ -73,12 +73,11 @@ def _check_tokens(
     if tokens.device.type != device.type:
         raise _refuse(proposer, f"tokens on {tokens.device}: expected {device}")
     if device.type == "cpu" and len(tree):
-        low, high = (int(bound) for bound in tokens.aminmax())
-        if low < 0 or high >= vocab_size:
+        bad = [token for token in tokens.tolist() if not 0 <= token < vocab_size]
+        if bad:
             raise _refuse(
                 proposer,
-                f"token {low if low < 0 else high}: expected 0 to {vocab_size - 1}, the target's "
-                "vocabulary",
+                f"token {bad[0]}: expected 0 to {vocab_size - 1}, the target's vocabulary",
             )
 
 
