@@ -28,7 +28,7 @@ _BEHIND = 32  # tokens that the draft has missed where catching up is measured
 # Outer depths first, so that a slow model is known roughly before it is known well.
 _DEPTHS = (0, 1, 4, 8, 2, 16, 3, 6, 12, 32, 24)
 _ROUNDS, _FEW_ROUNDS = 40, 3
-_RUN = 3  # steps of one depth on end that are counted
+_RUN, _SETTLING = 6, 2  # steps of one depth on end, and those before them that do not count
 _PATTERN = 23  # the made-up text repeats itself, so that something can be looked up in it
 
 
@@ -101,8 +101,8 @@ def profile(
 
     Takes about `seconds` where single steps are quick, and a few steps where they are not. A figure
     is the median of several rounds, which take turns; in a round each depth takes a few steps, of
-    which the first does not count, so that a step finds the processor's caches as one of its own
-    kind left them. Raises CacheFullError where no room is left for the sequences.
+    which the first do not count, so that a step finds the processor's caches and its clock as
+    those of its own kind left them. Raises CacheFullError where no room is left for the sequences.
     """
     grid = _grid(proposer, max_depth)
     draft: dict[int, list[float]] = {}
@@ -112,7 +112,8 @@ def profile(
         began = time.perf_counter()
 
         def measure(depth: int, steps: int = _RUN) -> None:
-            bench.step(depth)
+            for _ in range(_SETTLING):
+                bench.step(depth)
             for _ in range(steps):
                 drafting, verifying, rows[depth] = bench.step(depth)
                 draft.setdefault(depth, []).append(drafting)
