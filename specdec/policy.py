@@ -133,6 +133,8 @@ _FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
+_HOLDS = 3  # steps for which a sequence's choice holds that decodes alone, where enough was seen
+_ENOUGH = 8.0  # tries
 _STREAKS, _LENGTHS = 4, 6  # kinds of what became of the last drafts, of lengths of a free one
 _EVERYWHERE = -1  # stands for all situations together
 
@@ -140,9 +142,13 @@ _EVERYWHERE = -1  # stands for all situations together
 @dataclass(slots=True)
 class _Situation:
     rates: Rates
+    # what a chance is taken for by depth, before anything is known of this sequence
+    guess: Items[float] = ()
     idle: int = 0  # steps since the last draft
     wait: int = 0  # idle steps after which one token is tried; 0: not known yet
     trying: bool = False  # the coming step does
+    depth: int = 0  # chosen last
+    holds: int = 0  # for so many further steps
 
 
 @dataclass(slots=True)
@@ -152,11 +158,19 @@ class _History:
     rates: Rates
     steady: bool  # its text is the same whatever is drafted
     situations: dict[int, _Situation] = field(default_factory=dict)
-    current: int = 0  # the situation of the coming step
+    here: _Situation | None = None  # the situation of the coming step
+    number: int = 0  # its number
     streak: int = 0  # what became of the last drafts, where that tells situations apart
     read: int = 0  # tokens that the draft has read
-    # what a chance is taken for by depth, before anything is known of this sequence
-    guess: Items[float] = ()
+    # drafts that are not in the rates yet: where, how deep, how many of them were accepted
+    seen: list[tuple[_Situation, int, int]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Takes into the rates what was seen."""
+        for here, depth, accepted in self.seen:
+            self.rates.add(depth, accepted, here.guess)
+            here.rates.add(depth, accepted, here.guess)
+        self.seen.clear()
 
 
 @dataclass(slots=True)
@@ -165,6 +179,7 @@ class _Outlook:
 
     sequence: Sequence
     history: _History
+    here: _Situation
     reach: list[float]  # the probability that the text follows the draft to depth 1, 2, ...
     sizes: Items[int]  # nodes of a draft, by depth from 0 on
 
@@ -231,68 +246,91 @@ class CostPolicy(Policy):
         assert self._proposer is not None, "join first"
         depths = [min(room, self._depth) for room in rooms]
         if not self._proposer.free:
-            sizes = self._nodes
-            depths = self._choose(
-                [self._outlook(s, room, sizes) for s, room in zip(sequences, depths, strict=True)]
-            )
+            depths = self._choose(sequences, depths, [self._nodes] * len(depths))
         return [self._nodes[depth] for depth in depths]
 
     def cut(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> list[TokenTree]:
         assert self._proposer is not None, "join first"
         if not self._proposer.free or self._costs is None or not any(map(len, trees)):
             return list(trees)
-        pairs = zip(sequences, trees, strict=True)
-        depths = self._choose([self._outlook(s, t.max_depth, _sizes(t)) for s, t in pairs])
+        depths = self._choose(sequences, [t.max_depth for t in trees], [_sizes(t) for t in trees])
         return [tree.down_to(depth) for tree, depth in zip(trees, depths, strict=True)]
 
-    def _choose(self, outlooks: Items[_Outlook]) -> list[int]:
-        """Each sequence's depth."""
+    def _choose(
+        self, sequences: Items[Sequence], most: Items[int], sizes: Items[Items[int]]
+    ) -> list[int]:
+        """Each sequence's depth, at most `most`; sizes: nodes of its draft, by depth from 0 on."""
+        for sequence, its_most in zip(sequences, most, strict=True):
+            self._find_situation(sequence, its_most)
         costs = self._costs
         if costs is None:
-            return [min(DEFAULT_DRAFT_TOKENS, len(each.reach)) for each in outlooks]
-        if len(outlooks) == 1:
-            depths = [self._best_alone(costs, outlooks[0])]
-        else:
-            depths = self._best_together(costs, outlooks)
+            return [min(DEFAULT_DRAFT_TOKENS, each) for each in most]
+        if len(sequences) == 1:
+            return [self._alone(costs, sequences[0], most[0], sizes[0])]
+        outlooks = list(map(self._outlook, sequences, most, sizes))
+        depths = self._best_together(costs, outlooks)
         return [
             self._probed(costs, each, depth) for each, depth in zip(outlooks, depths, strict=True)
         ]
 
-    def _outlook(self, sequence: Sequence, most: int, sizes: Items[int]) -> _Outlook:
+    def _alone(self, costs: StepCosts, sequence: Sequence, most: int, sizes: Items[int]) -> int:
+        """A choice takes longer than anything else here and rates change slowly: it holds for some
+        steps."""
+        here = self._histories[sequence].here
+        assert here is not None, "its situation was found"
+        if here.holds and (here.depth or here.idle + 1 < here.wait):
+            here.holds -= 1
+            here.trying = False
+            here.idle += here.depth == 0 and most > 0
+            return min(here.depth, most)
+        outlook = self._outlook(sequence, most, sizes)
+        depth = self._probed(costs, outlook, self._best_alone(costs, outlook))
+        # one that takes all there is would have taken more
+        whole = depth == most > 0
+        here.depth = 0 if here.trying else self._depth if whole else depth
+        here.holds = _HOLDS if here.rates.tries[1] >= _ENOUGH else 0
+        return depth
+
+    def _find_situation(self, sequence: Sequence, most: int) -> None:
+        """Where the sequence stands before a draft of at most this depth."""
         assert self._proposer is not None
         history = self._histories.get(sequence)
         if history is None:
             history = _History(Rates(self._depth), self._steady(sequence))
             self._histories[sequence] = history
         kind = min(most.bit_length(), _LENGTHS - 1) if self._proposer.free else history.streak
-        history.current = self._proposer.situation(sequence) * self._kinds + kind
-        weight = self._guess(history)
-        guess, rates = history.guess, history.rates
-        ratio = rates.ratio(weight)
-        here = history.situations.get(history.current)
-        if here is None:
-            here = history.situations[history.current] = _Situation(Rates(self._depth))
+        history.number = self._proposer.situation(sequence) * self._kinds + kind
+        history.here = history.situations.get(history.number)
+        if history.here is None:
+            history.here = history.situations[history.number] = _Situation(Rates(self._depth))
+
+    def _outlook(self, sequence: Sequence, most: int, sizes: Items[int]) -> _Outlook:
+        history = self._histories[sequence]
+        here = history.here
+        assert here is not None, "its situation was found"
+        history.settle()
+        weight = self._guess(history, here)
+        rates, ratio = history.rates, history.rates.ratio(weight)
         if len(history.situations) > 1:
             rates, ratio = here.rates, here.rates.ratio(self._situation_weight, ratio)
-        return _Outlook(
-            sequence, history, rates.reach(guess, ratio, most, self._depth_weight), sizes
-        )
+        reach = rates.reach(here.guess, ratio, most, self._depth_weight)
+        return _Outlook(sequence, history, here, reach, sizes)
 
-    def _guess(self, history: _History) -> float:
+    def _guess(self, history: _History, here: _Situation) -> float:
         """Sets what sequences before it make likely; for how many expected hits it counts."""
         if not history.steady or not self._common:
-            history.guess = self._first_guess
+            here.guess = self._first_guess
             return _GUESS_WEIGHT
-        known = self._guesses.get(history.current)
+        known = self._guesses.get(history.number)
         if known is None:
             known = self._common[_EVERYWHERE].told(
                 self._first_guess, _GUESS_WEIGHT, self._depth_weight
             )
-            here = self._common.get(history.current)
-            if here is not None and len(self._common) > 2:
-                known = here.told(known, self._situation_weight, self._depth_weight)
-            self._guesses[history.current] = known
-        history.guess = known
+            common = self._common.get(history.number)
+            if common is not None and len(self._common) > 2:
+                known = common.told(known, self._situation_weight, self._depth_weight)
+            self._guesses[history.number] = known
+        here.guess = known
         return _COMMON_WEIGHT
 
     def _best_alone(self, costs: StepCosts, outlook: _Outlook) -> int:
@@ -361,8 +399,7 @@ class CostPolicy(Policy):
 
     def _probed(self, costs: StepCosts, outlook: _Outlook, depth: int) -> int:
         """The depth, or 1 where it was 0 for long enough and a better draft could pay."""
-        history = outlook.history
-        here = history.situations[history.current]
+        here = outlook.here
         here.trying = False
         if depth > 0:
             here.idle = here.wait = 0
@@ -403,12 +440,12 @@ class CostPolicy(Policy):
             if not len(tree):
                 continue
             history = self._histories[sequence]
+            here = history.here
+            assert here is not None, "a draft was planned"
             depth, accepted = tree.max_depth, verdict.accepted
             if self._kinds == _STREAKS:
                 history.streak = _streak(history.streak, depth, accepted)
-            here = history.situations[history.current]
-            for rates in (history.rates, here.rates):
-                rates.add(depth, accepted, history.guess)
+            history.seen.append((here, depth, accepted))
             if here.trying and accepted:  # again at once
                 here.idle = here.wait = max(_FIRST_WAIT, here.wait // 2)
             # called before the verdict's tokens are appended; a draft does not read its last token
@@ -416,7 +453,10 @@ class CostPolicy(Policy):
 
     def forget(self, sequence: Sequence) -> None:
         history = self._histories.pop(sequence, None)
-        if history is None or not history.steady or not any(history.rates.tries):
+        if history is None or not history.steady:
+            return
+        history.settle()
+        if not any(history.rates.tries):
             return
         self._keep(_EVERYWHERE, history.rates)
         for situation, here in history.situations.items():
