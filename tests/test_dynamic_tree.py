@@ -50,13 +50,16 @@ def paths(tree: TokenTree) -> list[Path]:
     return found
 
 
-def by_the_book(table: Table, nodes: int, depth: int, top_k: int) -> set[Path]:
+def by_the_book(
+    table: Table, nodes: int, depth: int, top_k: int, sharpness: float = 1.0
+) -> set[Path]:
     """EAGLE-2's expansion and reranking in plain Python; no ties."""
 
     def probability(path: Path) -> float:
         value = 1.0
         for i, token in enumerate(path):
-            value *= table((*PROMPT, *path[:i]))[token]
+            powers = [chance**sharpness for chance in table((*PROMPT, *path[:i]))]
+            value *= powers[token] / sum(powers)
         return value
 
     frontier: list[Path] = [()]
@@ -117,11 +120,20 @@ def test_ties_prefer_the_shallower_node() -> None:
     assert len(proposed(engine, 9)) == 6
 
 
-def test_greedy_target_is_drafted_for_with_the_plain_law() -> None:
+@pytest.mark.parametrize(
+    ("temperature", "sharpness", "power"),
+    [(0.0, None, 2.0), (0.0, 1.0, 1.0), (1.0, None, 1.0), (1.0, 0.5, 0.5)],
+)
+def test_sharpness_says_how_sure_a_probability_is(
+    temperature: float, sharpness: float | None, power: float
+) -> None:
     table = random_table(V, order=None, seed=2)
-    greedy = SamplingParams(max_new_tokens=20, temperature=0)
-    tree = proposed(engine_of(table, nodes=10, depth=4, top_k=3), 10, greedy)
-    assert set(paths(tree)) == by_the_book(table, 10, 4, 3)
+    params = SamplingParams(max_new_tokens=20, temperature=temperature)
+    engine = engine_of(table, nodes=10, depth=4, top_k=3, sharpness=sharpness)
+    tree = proposed(engine, 10, params)
+    assert set(paths(tree)) == by_the_book(table, 10, 4, 3, power)
+    others = {1.0, 2.0} - {power}
+    assert any(set(paths(tree)) != by_the_book(table, 10, 4, 3, other) for other in others)
 
 
 def test_coupled_tree_follows_the_noise_of_the_positions() -> None:
@@ -202,6 +214,9 @@ def test_cut_law_gives_fewer_nodes() -> None:
         ({"depth": 0}, "depth=0: expected 1"),
         ({"top_k": 2.5}, "top_k=2.5: expected 1"),
         ({"depth": 20, "top_k": 20}, "depth=20, top_k=20: the draft's last pass has 380 rows"),
+        ({"sharpness": 0}, "sharpness=0: expected a number up to 16"),
+        ({"sharpness": float("nan")}, "sharpness=nan: expected"),
+        ({"sharpness": "much"}, "sharpness='much': expected"),
         ({"kind": "iid"}, "kind='iid': expected one of auto, top_k, coupled"),
     ],
     ids=str,

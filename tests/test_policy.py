@@ -170,6 +170,26 @@ def test_room_and_limit_are_kept_to() -> None:
     assert advance(policy, sequence, whole, room=0) == 0
 
 
+def test_choice_holds_for_a_few_steps_once_enough_was_seen() -> None:
+    policy, sequence = cost_policy(costs(0.001), most=6), Seq()
+    policy._kinds = 1  # one situation
+    chosen: list[int] = []
+    choose = policy._best_alone
+
+    def counted(*arguments: Any) -> int:
+        chosen.append(choose(*arguments))
+        return chosen[-1]
+
+    policy._best_alone = counted  # type: ignore[method-assign]
+    for _ in range(20):
+        advance(policy, sequence, whole)
+    assert 8 < len(chosen) < 14
+    asked = len(chosen)
+    planned = [advance(policy, sequence, whole, room=n) for n in (2, 6, 0, 6, 1, 6)]
+    assert planned == [2, 6, 0, 6, 1, 6]  # a short room does not hold for what comes after it
+    assert len(chosen) <= asked + 2
+
+
 def test_unknown_costs_mean_the_default_length() -> None:
     policy, sequence = cost_policy(None), Seq()
     assert [advance(policy, sequence, one) for _ in range(3)] == [4, 4, 4]
