@@ -164,9 +164,10 @@ def _groups(sequences: Items[Sequence], trees: Items[TokenTree]) -> list[list[in
 
 def _paths(sequences: Items[Sequence], trees: Items[TokenTree]) -> Callable[[], Paths]:
     """Each row's tokens from the start of its prompt: the root's, then every node's."""
-    prefixes = [Prefix(s.tokens, s.prompt_len, s.left_padding) for s in sequences]
     return lambda: Paths.of_trees(
-        prefixes, [tree.tokens for tree in trees], [tree.parents for tree in trees]
+        [Prefix(s.tokens, s.prompt_len, s.left_padding) for s in sequences],
+        [tree.tokens for tree in trees],
+        [tree.parents for tree in trees],
     )
 
 

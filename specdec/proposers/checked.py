@@ -34,6 +34,8 @@ def checked(
             raise _refuse(proposer, f"expected TokenTrees, got {_kind_of(tree)}")
         _check_tokens(proposer, tree, vocab_size, device)
         count = len(tree)
+        if not count and not tree.draws and tree.laws is None:
+            continue
         if count > budget:
             raise _refuse(proposer, f"a tree of {count} nodes: expected at most {budget}")
         rows = 0 if tree.laws is None else _rows(proposer, tree, vocab_size)
@@ -73,11 +75,13 @@ def _check_tokens(
     if tokens.device.type != device.type:
         raise _refuse(proposer, f"tokens on {tokens.device}: expected {device}")
     if device.type == "cpu" and len(tree):
-        bad = [token for token in tokens.tolist() if not 0 <= token < vocab_size]
-        if bad:
+        found = tokens.tolist()
+        low, high = min(found), max(found)
+        if low < 0 or high >= vocab_size:
             raise _refuse(
                 proposer,
-                f"token {bad[0]}: expected 0 to {vocab_size - 1}, the target's vocabulary",
+                f"token {low if low < 0 else high}: expected 0 to {vocab_size - 1}, the target's "
+                "vocabulary",
             )
 
 

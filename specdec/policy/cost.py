@@ -1,125 +1,24 @@
-"""How many tokens to draft, or none: decided on the host before anything of the step is drawn, from
-past steps and measured costs only (contract: nothing drawn in a step decides what it keeps)."""
+"""The policy that maximises expected tokens per second, from measured costs and running rates of
+acceptance."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from specdec.costs import StepCosts
-from specdec.errors import InvalidArgumentError
+from specdec.policy.base import (
+    DEFAULT_DRAFT_TOKENS,
+    MAX_DRAFT_TOKENS,
+    Measure,
+    Policy,
+    Steady,
+    checked_number,
+)
 from specdec.proposers import Proposer
 from specdec.rates import Rates
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
 from specdec.verifier import Verdict
-
-DEFAULT_DRAFT_TOKENS = 4
-MAX_DRAFT_TOKENS = 255
-POLICIES = ("auto", "constant", "heuristic", "confidence", "cost")
-
-Measure = Callable[[Items[Sequence], int], StepCosts | None]  # for a batch, down to a depth
-Steady = Callable[[Sequence], bool]  # whether its text is the same whatever is drafted
-
-
-class Policy(ABC):
-    """Chooses each sequence's draft length for the coming step."""
-
-    def join(self, proposer: Proposer, measure: Measure, steady: Steady) -> None:
-        """Called once, before any sequence. measure gives the costs of a step of these sequences,
-        None where they cannot be measured; steady says of a sequence whether its text is the same
-        whatever is drafted. Raises InvalidArgumentError for a proposer that the policy cannot
-        lead."""
-        del proposer, measure, steady
-
-    def prepare(self, sequences: Items[Sequence]) -> None:
-        """Called before a step is timed; what takes long once belongs here."""
-        del sequences
-
-    @abstractmethod
-    def plan(self, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
-        """Nodes that each sequence may draft; 0 means plain decoding. The engine cuts them to what
-        fits. rooms: how deep a draft of each can be."""
-
-    def cut(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> list[TokenTree]:
-        """What of the planned drafts is verified. Only those of a proposer that is `free` may be
-        cut: a drawn token that is dropped would bias the text (contract C3)."""
-        del sequences
-        return list(trees)
-
-    def observe(
-        self, sequences: Items[Sequence], trees: Items[TokenTree], verdicts: Items[Verdict]
-    ) -> None:
-        """What became of the step's drafts; the verdicts' tokens are not appended yet."""
-        del sequences, trees, verdicts
-
-    def forget(self, sequence: Sequence) -> None:
-        """A sequence is over."""
-        del sequence
-
-
-class ConstantPolicy(Policy):
-    """The same number of drafted tokens in every step."""
-
-    def __init__(self, num_draft_tokens: int) -> None:
-        self.num_draft_tokens = _checked(num_draft_tokens, least=0)
-
-    def plan(self, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
-        del rooms
-        return [self.num_draft_tokens] * len(sequences)
-
-
-class HeuristicPolicy(Policy):
-    """transformers' schedule: two more after a draft that was accepted whole, else one less."""
-
-    def __init__(self, num_draft_tokens: int = 5) -> None:
-        """num_draft_tokens: of a sequence's first step."""
-        self.num_draft_tokens = _checked(num_draft_tokens, least=1)
-        self._lengths: dict[Sequence, int] = {}
-
-    def plan(self, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
-        del rooms
-        return [self._lengths.get(sequence, self.num_draft_tokens) for sequence in sequences]
-
-    def observe(
-        self, sequences: Items[Sequence], trees: Items[TokenTree], verdicts: Items[Verdict]
-    ) -> None:
-        for sequence, tree, verdict in zip(sequences, trees, verdicts, strict=True):
-            if len(tree):
-                length = self._lengths.get(sequence, self.num_draft_tokens)
-                whole = verdict.accepted == tree.max_depth
-                longer = min(length + 2, MAX_DRAFT_TOKENS)
-                self._lengths[sequence] = longer if whole else max(1, length - 1)
-
-    def forget(self, sequence: Sequence) -> None:
-        self._lengths.pop(sequence, None)
-
-
-class ConfidencePolicy(Policy):
-    """Drafts until a drafted token was unlikely: that token is kept and is the last (DISCO, Mamou
-    et al. 2024, 2405.04304; transformers' assistant_confidence_threshold)."""
-
-    def __init__(self, threshold: float = 0.4, num_draft_tokens: int = 20) -> None:
-        """threshold: the draft's probability of a token below which it is the last."""
-        given: object = threshold
-        if not (isinstance(given, int | float) and 0 <= given <= 1):
-            raise InvalidArgumentError(f"threshold={threshold!r}: expected 0 to 1")
-        self.threshold = float(threshold)
-        self.num_draft_tokens = _checked(num_draft_tokens, least=1)
-
-    def join(self, proposer: Proposer, measure: Measure, steady: Steady) -> None:
-        del measure, steady
-        if not proposer.can_stop:
-            raise InvalidArgumentError(
-                f"policy='confidence': proposer={proposer.name!r} cannot stop in the middle of a "
-                "draft; expected 'draft'"
-            )
-        proposer.stop_below = self.threshold
-
-    def plan(self, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
-        del rooms
-        return [self.num_draft_tokens] * len(sequences)
-
 
 # What a rate is taken for before anything was seen; for how many hits a first guess counts, and one
 # from other sequences; the same of what is usual, in one situation and at one depth (there in
@@ -134,7 +33,7 @@ _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
 _HOLDS = 3  # steps for which a sequence's choice holds that decodes alone, where enough was seen
-_ENOUGH = 8.0  # tries
+_ENOUGH = 3.0  # tries
 _STREAKS, _LENGTHS = 4, 6  # kinds of what became of the last drafts, of lengths of a free one
 _EVERYWHERE = -1  # stands for all situations together
 
@@ -197,7 +96,9 @@ class CostPolicy(Policy):
 
     def __init__(self, max_draft_tokens: int | None = None) -> None:
         """max_draft_tokens: nodes at most; None: 16 where a model drafts, else 32."""
-        self._limit = None if max_draft_tokens is None else _checked(max_draft_tokens, least=0)
+        self._limit = (
+            None if max_draft_tokens is None else checked_number(max_draft_tokens, least=0)
+        )
         self._histories: dict[Sequence, _History] = {}
         self._common: dict[int, Rates] = {}  # by situation, of all steady sequences
         self._guesses: dict[int, list[float]] = {}  # made from it
@@ -246,44 +147,46 @@ class CostPolicy(Policy):
         assert self._proposer is not None, "join first"
         depths = [min(room, self._depth) for room in rooms]
         if not self._proposer.free:
-            depths = self._choose(sequences, depths, [self._nodes] * len(depths))
+            depths = self._choose(sequences, depths, lambda _: self._nodes)
         return [self._nodes[depth] for depth in depths]
 
     def cut(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> list[TokenTree]:
         assert self._proposer is not None, "join first"
         if not self._proposer.free or self._costs is None or not any(map(len, trees)):
             return list(trees)
-        depths = self._choose(sequences, [t.max_depth for t in trees], [_sizes(t) for t in trees])
+        depths = self._choose(
+            sequences, [tree.max_depth for tree in trees], lambda i: _sizes(trees[i])
+        )
         return [tree.down_to(depth) for tree, depth in zip(trees, depths, strict=True)]
 
     def _choose(
-        self, sequences: Items[Sequence], most: Items[int], sizes: Items[Items[int]]
+        self, sequences: Items[Sequence], most: Items[int], sizes: Callable[[int], Items[int]]
     ) -> list[int]:
-        """Each sequence's depth, at most `most`; sizes: nodes of its draft, by depth from 0 on."""
-        for sequence, its_most in zip(sequences, most, strict=True):
-            self._find_situation(sequence, its_most)
+        """Each sequence's depth, at most `most`; sizes(i): nodes of the draft of the i-th of them,
+        by depth from 0 on."""
+        histories = list(map(self._find_situation, sequences, most))
         costs = self._costs
         if costs is None:
             return [min(DEFAULT_DRAFT_TOKENS, each) for each in most]
         if len(sequences) == 1:
-            return [self._alone(costs, sequences[0], most[0], sizes[0])]
-        outlooks = list(map(self._outlook, sequences, most, sizes))
+            held = _held(histories[0].here, most[0])
+            if held is not None:
+                return [held]
+        outlooks = [
+            self._outlook(sequences[i], history, most[i], sizes(i))
+            for i, history in enumerate(histories)
+        ]
+        if len(sequences) == 1:
+            return [self._alone(costs, outlooks[0], most[0])]
         depths = self._best_together(costs, outlooks)
         return [
             self._probed(costs, each, depth) for each, depth in zip(outlooks, depths, strict=True)
         ]
 
-    def _alone(self, costs: StepCosts, sequence: Sequence, most: int, sizes: Items[int]) -> int:
+    def _alone(self, costs: StepCosts, outlook: _Outlook, most: int) -> int:
         """A choice takes longer than anything else here and rates change slowly: it holds for some
         steps."""
-        here = self._histories[sequence].here
-        assert here is not None, "its situation was found"
-        if here.holds and (here.depth or here.idle + 1 < here.wait):
-            here.holds -= 1
-            here.trying = False
-            here.idle += here.depth == 0 and most > 0
-            return min(here.depth, most)
-        outlook = self._outlook(sequence, most, sizes)
+        here = outlook.here
         depth = self._probed(costs, outlook, self._best_alone(costs, outlook))
         # one that takes all there is would have taken more
         whole = depth == most > 0
@@ -291,7 +194,7 @@ class CostPolicy(Policy):
         here.holds = _HOLDS if here.rates.tries[1] >= _ENOUGH else 0
         return depth
 
-    def _find_situation(self, sequence: Sequence, most: int) -> None:
+    def _find_situation(self, sequence: Sequence, most: int) -> _History:
         """Where the sequence stands before a draft of at most this depth."""
         assert self._proposer is not None
         history = self._histories.get(sequence)
@@ -299,13 +202,16 @@ class CostPolicy(Policy):
             history = _History(Rates(self._depth), self._steady(sequence))
             self._histories[sequence] = history
         kind = min(most.bit_length(), _LENGTHS - 1) if self._proposer.free else history.streak
-        history.number = self._proposer.situation(sequence) * self._kinds + kind
-        history.here = history.situations.get(history.number)
-        if history.here is None:
-            history.here = history.situations[history.number] = _Situation(Rates(self._depth))
+        history.number = number = self._proposer.situation(sequence) * self._kinds + kind
+        here = history.situations.get(number)
+        if here is None:
+            here = history.situations[number] = _Situation(Rates(self._depth))
+        history.here = here
+        return history
 
-    def _outlook(self, sequence: Sequence, most: int, sizes: Items[int]) -> _Outlook:
-        history = self._histories[sequence]
+    def _outlook(
+        self, sequence: Sequence, history: _History, most: int, sizes: Items[int]
+    ) -> _Outlook:
         here = history.here
         assert here is not None, "its situation was found"
         history.settle()
@@ -470,6 +376,16 @@ class CostPolicy(Policy):
         known.merge(rates)
 
 
+def _held(here: _Situation | None, most: int) -> int | None:
+    """The depth chosen before, of at most `most`, where it still holds."""
+    if here is None or not here.holds or not (here.depth or here.idle + 1 < here.wait):
+        return None
+    here.holds -= 1
+    here.trying = False
+    here.idle += here.depth == 0 and most > 0
+    return min(here.depth, most)
+
+
 def _streak(before: int, depth: int, accepted: int) -> int:
     """0: rejected at once, or nothing drafted yet; 1: in part; 2: accepted whole; 3: again."""
     if accepted == depth:
@@ -494,42 +410,3 @@ def _sizes(tree: TokenTree) -> Items[int]:
     for depth in tree.depths:
         counts[depth] += 1
     return list(accumulate(counts))
-
-
-def _checked(number: object, *, least: int) -> int:
-    if type(number) is not int or not least <= number <= MAX_DRAFT_TOKENS:
-        raise InvalidArgumentError(
-            f"num_draft_tokens={number!r}: expected a whole number, {least} to "
-            f"{MAX_DRAFT_TOKENS}, or 'auto'"
-        )
-    return number
-
-
-def make_policy(policy: str | Policy, num_draft_tokens: int | str) -> Policy:
-    """The policy behind wrap's arguments of these names; a number alone means a constant one."""
-    if isinstance(policy, Policy):
-        if num_draft_tokens != "auto":
-            raise InvalidArgumentError(
-                f"num_draft_tokens={num_draft_tokens!r}: expected 'auto' beside a Policy object"
-            )
-        return policy
-    if policy not in POLICIES:
-        raise InvalidArgumentError(
-            f"policy={policy!r}: expected one of {', '.join(POLICIES)}, or a Policy"
-        )
-    if num_draft_tokens == "auto":
-        return _BY_NAME[policy]()
-    number = _checked(num_draft_tokens, least=0)
-    if policy in ("auto", "constant") or number == 0:
-        return ConstantPolicy(number)
-    if policy == "cost":
-        return CostPolicy(number)
-    if policy == "heuristic":
-        return HeuristicPolicy(number)
-    return ConfidencePolicy(num_draft_tokens=number)
-
-
-_BY_NAME: dict[str, Callable[[], Policy]] = {
-    "auto": CostPolicy, "cost": CostPolicy, "heuristic": HeuristicPolicy,
-    "confidence": ConfidencePolicy, "constant": lambda: ConstantPolicy(DEFAULT_DRAFT_TOKENS),
-}  # fmt: skip
