@@ -1,4 +1,5 @@
-"""Tree attention and the commit of accepted paths on a GPU, beside what else there is, in one run.
+"""Tree attention, fused verification and the commit of accepted paths on a GPU, in one run, beside
+what else there is.
 
     python -P -m specdec.evals.gpu_bench
 
@@ -12,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any, Protocol
+from statistics import median
+from typing import Any
 
 import click
 import torch
@@ -23,6 +24,8 @@ from tqdm import tqdm
 from specdec import backend
 from specdec.evals import gpu_problems as problems
 from specdec.evals.gpu_problems import OURS, PEERS, TOLERANCE, Cell, Contender, Inputs
+from specdec.evals.gpu_timing import CudaTimer, Timer, WrongKernelError, spread
+from specdec.evals.gpu_verify import Case, cases, verification
 from specdec.evals.provenance import provenance
 
 # Layers, KV heads, head size: the commit moves the accepted path of all layers in one launch.
@@ -30,68 +33,8 @@ LAYERS = {
     "Llama-3-8B": (32, 8, 128), "Qwen3-8B": (36, 8, 128), "Llama-3-70B, one of eight": (80, 1, 128),
 }  # fmt: skip
 PATH, TREE = 8, 64  # nodes of a path that is committed, and of its tree
+PARTS = ("attention", "commit", "verification")
 BEST_PAGE = 128  # beside the page of 16, at the longest context
-
-
-class WrongKernelError(Exception):
-    """A kernel of specdec's that does not compute what its twin does; it is not timed."""
-
-
-class Timer(Protocol):
-    def __call__(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
-        """Microseconds of single calls, taken in turn."""
-
-
-class CudaTimer:
-    """Events around replays; the calls are queued behind a pause, so that no gap is timed."""
-
-    def __init__(self, repeats: int = 60) -> None:
-        self.repeats = repeats
-
-    def __call__(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
-        replays = [_captured(call) for call in calls]
-        rounds = max(3, -(-self.repeats // len(calls)))
-        events = [
-            [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            for _ in range(rounds * len(calls))
-        ]
-        torch.cuda.synchronize()
-        torch.cuda._sleep(20_000_000)
-        for index, (start, end) in enumerate(events):
-            start.record()
-            replays[index % len(calls)]()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) * 1e3 for start, end in events[len(calls) :]]
-
-
-def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a CUDA graph; the call itself where it cannot be captured."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):  # compiles, tunes, allocates
-            call()
-    torch.cuda.current_stream().wait_stream(beside)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return call
-    replay: Callable[[], Any] = graph.replay
-    return replay
-
-
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median and percentiles, microseconds."""
-    fifths = quantiles(times, n=5) if len(times) > 1 else [times[0]] * 4
-    return {
-        "median_us": round(median(times), 3), "p20_us": round(fifths[0], 3),
-        "p80_us": round(fifths[3], 3),
-    }  # fmt: skip
 
 
 def attention(
@@ -234,12 +177,13 @@ def chosen(
 def measure(
     cells: Sequence[tuple[Cell, Sequence[Contender]]], timer: Timer, device: torch.device,
     dtype: torch.dtype, *, cache_bytes: int, commits: Sequence[tuple[str, int]],
-    limits: dict[str, float], save: Callable[[dict[str, Any]], None],
+    judged: Sequence[Case], limits: dict[str, float], save: Callable[[dict[str, Any]], None],
 ) -> None:  # fmt: skip
-    """Everything, saved after each cell."""
+    """Everything, saved after each cell. judged: cases of verification."""
     raw: dict[str, Any] = {
         "provenance": _provenance(), "device": _device(device), "dtype": str(dtype)[6:],
         "ceilings": limits, "cache_bytes": cache_bytes, "attention": [], "commit": [],
+        "verification": [],
     }  # fmt: skip
     for cell, contenders in tqdm(cells, desc="attention", disable=None):
         row = attention(cell, contenders, timer, device, dtype, cache_bytes)
@@ -249,6 +193,11 @@ def measure(
     for model, batch in commits:
         raw["commit"].append(commit(model, batch, timer, device, dtype))
     save(raw)
+    bandwidth = limits["read_bytes_per_second"]
+    for case in tqdm(judged, desc="verification", disable=None):
+        row = verification(case, timer, device, dtype, cache_bytes=cache_bytes, bandwidth=bandwidth)
+        raw["verification"].append(row)
+        save(raw)
 
 
 def _provenance() -> dict[str, Any]:
@@ -282,9 +231,10 @@ def _device(device: torch.device) -> dict[str, Any]:
 @click.option("--batch", "batches", multiple=True, type=int, help="[default: 1, 8, 32, 64]")
 @click.option("--context", "contexts", multiple=True, type=int, help="[default: 2k, 8k, 32k]")
 @click.option("--rows", multiple=True, type=int, help="[default: 1, 8, 16, 32, 64, 128]")
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="[default: all]")
 def main(
     out: Path, models: Sequence[str], batches: Sequence[int], contexts: Sequence[int],
-    rows: Sequence[int],
+    rows: Sequence[int], parts: Sequence[str],
 ) -> None:  # fmt: skip
     """Measures every shape, or those asked for, and writes --out."""
     if not torch.cuda.is_available():
@@ -293,15 +243,22 @@ def main(
     choice = backend.choose(device)
     if choice.name != "triton":
         raise click.ClickException(f"the Triton kernels do not run here: {choice.why}")
-    cells = list(chosen(models, batches, contexts, rows))
-    if not cells:
+    parts = parts or PARTS
+    cells = list(chosen(models, batches, contexts, rows)) if "attention" in parts else []
+    judged = [
+        case
+        for case in (cases() if "verification" in parts else [])
+        if (not batches or case.batch in batches) and (not rows or case.rows in rows)
+    ]
+    commits = [(model, batch) for model in LAYERS for batch in (batches or (1, 8))]
+    if not cells and not judged and set(parts) != {"commit"}:
         raise click.ClickException("no shape of the benchmark has these numbers")
     timer = CudaTimer()
     try:
         measure(
             cells, timer, device, torch.bfloat16,
             cache_bytes=torch.cuda.get_device_properties(device).L2_cache_size,
-            commits=[(model, batch) for model in LAYERS for batch in (batches or (1, 8))],
+            commits=commits if "commit" in parts else [], judged=judged,
             limits=ceilings(timer, device),
             save=lambda raw: _save(out, raw),
         )  # fmt: skip

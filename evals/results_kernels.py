@@ -113,4 +113,20 @@ def gpu_bench(files: Files) -> Lines:
         *table([*heads, *others], rows),
         "",
         *table(["commit of a path of all layers", "batch", "us", "moved, MB"], commits),
+        "",
+        "Fused verification, from logits to tokens. Floor: the bytes that a rule must read at the",
+        "same run's bandwidth. Unfused: probabilities in float32, then the rule.",
+        "",
+        *table(
+            ["rule, law", "batch", "rows", "us", "of floor's time", "launches", "unfused / ours"],
+            [_judged(row) for row in raw["verification"]],
+        ),
     ]
+
+
+def _judged(row: dict[str, Any]) -> list[object]:
+    ours, theirs = row["contenders"].values()
+    return [
+        f"{row['rule']}, {row['law']}", row["batch"], row["rows"], ours["median_us"],
+        row["over_floor"], ours["launches"], theirs["of_ours"],
+    ]  # fmt: skip

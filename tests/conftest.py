@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For kernels of many device functions: a launch patches Triton's language, and that every
+    function inside does it again costs most of the interpreter's time."""
+    from triton.runtime import interpreter
+
+    patched: set[str] = set()
+
+    def call(function: Any, *args: Any, **options: Any) -> Any:
+        module = function.fn.__module__
+        if module not in patched:
+            interpreter._patch_lang(function.fn)
+            patched.add(module)
+        return function.rewrite()(*args, **options)
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        builder = interpreter.interpreter_builder
+        unchecked = replace(builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(builder, "options", unchecked)
 
 
 @pytest.fixture(scope="session")

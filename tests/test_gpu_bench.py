@@ -14,8 +14,10 @@ from torch import Tensor
 
 from specdec import backend
 from specdec.evals import gpu_bench, gpu_problems as problems
-from specdec.evals.gpu_bench import WrongKernelError, attention, check, chosen, measure
+from specdec.evals.gpu_bench import attention, check, chosen, measure
 from specdec.evals.gpu_problems import OURS, PEERS, Call, Cell, Contender, Inputs
+from specdec.evals.gpu_timing import Timer, WrongKernelError, spread
+from specdec.evals.gpu_verify import Case
 
 CPU = torch.device("cpu")
 FLOAT = torch.float32
@@ -27,7 +29,7 @@ def tiny(cell: Cell = TINY, **options: Any) -> list[Inputs]:
     return problems.inputs(cell, sets=2, device=CPU, dtype=FLOAT, **options)
 
 
-def counting(times: Sequence[float] = (3.0, 1.0, 2.0, 4.0, 5.0)) -> gpu_bench.Timer:
+def counting(times: Sequence[float] = (3.0, 1.0, 2.0, 4.0, 5.0)) -> Timer:
     """A timer that runs each call once and always measures the same."""
 
     def timer(calls: Sequence[Callable[[], Any]]) -> list[float]:
@@ -233,7 +235,8 @@ def test_json_holds_device_versions_commit_and_every_cell(tmp_path: Path, small_
     fast = Contender("fast", lambda p: dense(p, p.masks))
     measure(
         [(TINY, [fast]), (replace(TINY, page=128), [])], counting(), CPU, FLOAT, cache_bytes=1,
-        commits=[(small_model, 1)], limits=LIMITS, save=lambda raw: gpu_bench._save(out, raw),
+        commits=[(small_model, 1)], judged=[], limits=LIMITS,
+        save=lambda raw: gpu_bench._save(out, raw),
     )  # fmt: skip
     raw = json.loads(out.read_text())
     assert {"commit", "versions", "gpu", "date"} <= raw["provenance"].keys()
@@ -251,10 +254,31 @@ def test_json_holds_device_versions_commit_and_every_cell(tmp_path: Path, small_
     assert first["floor_us"]["bytes"] == round(first["must_bytes"] / 4e6, 3)
     assert 0 < first["of_bandwidth"] <= first["of_floor"]
     assert [row["model"] for row in raw["commit"]] == ["small"]
+    assert raw["verification"] == []
+
+
+def test_cases_of_verification_are_saved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(
+        gpu_bench, "verification", lambda case, *_, bandwidth, **__: [case.rule, bandwidth]
+    )
+
+    def save(raw: dict[str, Any]) -> None:
+        saved.append(len(raw["verification"]))
+        last[:] = raw["verification"]
+
+    last: list[Any] = []
+    judged = [Case("walk", "plain", 1, 8), Case("block", "plain", 1, 8)]
+    measure(
+        [], counting(), CPU, FLOAT, cache_bytes=1, commits=[], judged=judged, limits=LIMITS,
+        save=save,
+    )  # fmt: skip
+    assert saved == [0, 1, 2]
+    assert last == [["walk", 4e12], ["block", 4e12]]
 
 
 def test_percentiles_of_one_time_are_that_time() -> None:
-    assert gpu_bench.spread([2.5]) == {"median_us": 2.5, "p20_us": 2.5, "p80_us": 2.5}
+    assert spread([2.5]) == {"median_us": 2.5, "p20_us": 2.5, "p80_us": 2.5}
 
 
 # --- the command
@@ -299,6 +323,22 @@ def test_numbers_that_no_shape_has_are_an_error() -> None:
     result = CliRunner().invoke(gpu_bench.main, ["--batch", "3"])
     assert result.exit_code == 1
     assert "no shape of the benchmark has these numbers" in result.stderr
+
+
+@pytest.mark.usefixtures("command")
+def test_parts_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: dict[str, Any] = {}
+
+    def measured(cells: Any, *_: object, judged: Any, commits: Any, **__: object) -> None:
+        ran.update(attention=len(cells), commit=len(commits), verification=len(judged))
+
+    monkeypatch.setattr(gpu_bench, "measure", measured)
+    for part in gpu_bench.PARTS:
+        arguments = ["--part", part, "--batch", "8", "--rows", "8"]
+        assert CliRunner().invoke(gpu_bench.main, arguments).exit_code == 0
+        assert {name for name, count in ran.items() if count} == {part}
+    assert CliRunner().invoke(gpu_bench.main, []).exit_code == 0
+    assert all(ran.values())
 
 
 @pytest.mark.usefixtures("command")

@@ -27,25 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POINT = Law("point")
 PLAIN = Truncation()
 
-
-@pytest.fixture(autouse=True)
-def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch patches Triton's language; that every function inside does it again costs most of
-    the interpreter's time."""
-    patched: set[str] = set()
-
-    def call(function: Any, *args: Any, **options: Any) -> Any:
-        module = function.fn.__module__
-        if module not in patched:
-            interpreter._patch_lang(function.fn)
-            patched.add(module)
-        return function.rewrite()(*args, **options)
-
-    if DEVICE == "cpu":
-        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        builder = interpreter.interpreter_builder
-        unchecked = replace(builder.options, sanitize_overflow=False)
-        monkeypatch.setattr(builder, "options", unchecked)
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
 
 @pytest.fixture(autouse=True)

@@ -155,6 +155,13 @@ def test_gpu_figures_stand_beside_their_contenders() -> None:
     raw = {
         "device": {"name": "NVIDIA H200"}, "dtype": "bfloat16", "attention": [row],
         "commit": [{"model": "m", "batch": 1, "median_us": 3.0, "moved_bytes": 2_500_000}],
+        "verification": [{
+            "rule": "walk", "law": "top-p", "batch": 8, "rows": 8, "over_floor": 1.25,
+            "contenders": {
+                "specdec": {"median_us": 6.0, "launches": 4},
+                "unfused": {"median_us": 30.0, "of_ours": 5.0, "launches": 20},
+            },
+        }],
         "ceilings": {"read_bytes_per_second": 4.25e12, "flops_per_second": 7.5e14},
     }  # fmt: skip
     text = "\n".join(gpu_bench({"gpu_bench.json": raw}))
@@ -162,6 +169,7 @@ def test_gpu_figures_stand_beside_their_contenders() -> None:
     assert "4.25 TB/s" in text
     assert "| m, page 16 | 1 | 2048 | 8 | 4.00 | 0.50 | 0.62 | - | 2.00 |" in text
     assert "| m | 1 | 3.00 | 2.50 |" in text
+    assert "| walk, top-p | 8 | 8 | 6.00 | 1.25 | 4 | 5.00 |" in text
 
 
 def test_kernels_are_summed_up_and_a_violation_is_shown() -> None:
