@@ -153,7 +153,40 @@ def test_every_configuration_has_a_name_of_its_own(target: str) -> None:
     assert max(names.values()) == 1
 
 
+# The committed table.
+
 ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "evals" / "results" / "kernel_compile.json"
+
+
+def differences(rows: dict[str, Any], target: str) -> set[str]:
+    """Configurations that the table or the kernels have alone, or with other options."""
+    listed = {each.name: dict(each.options) for each in configurations(target)}
+    found = {name: row[4] for name, row in rows.items()}
+    return {name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name)}
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_the_committed_table_is_of_the_configurations_that_the_kernels_list(target: str) -> None:
+    rows = json.loads(RESULT.read_text())["targets"][target]
+    assert differences(rows, target) == set()
+    first, *others = rows
+    missing = {name: rows[name] for name in others}
+    assert differences(missing, target) == {first}
+    assert differences({**rows, "one too many": rows[first]}, target) == {"one too many"}
+    assert differences({**rows, first: [*rows[first][:4], {}]}, target) == {first}
+
+
+def test_the_committed_table_has_no_violation() -> None:
+    raw = json.loads(RESULT.read_text())
+    assert list(raw["targets"]) == list(SHARED_LIMIT)
+    found = [
+        wrong
+        for target, rows in raw["targets"].items()
+        for name, row in rows.items()
+        for wrong in violations(target, name, Compiled(*row[:4]))
+    ]
+    assert found == raw["violations"] == []
 
 
 def test_every_kernel_is_compiled_for_every_target() -> None:
