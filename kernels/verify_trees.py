@@ -1,5 +1,6 @@
 """The trees of one step as the verification kernels read them: packed on the device."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.checks import check_tensor
+from specdec.kernels.upload import upload
 from specdec.kernels.verify_records import DRAW
 
 MOST_ROWS = 256  # of one tree, its root included
@@ -82,14 +84,17 @@ class Trees:
                 flat.append((row, law, own.index(law) if law >= 0 else 0, copy, int(reduced)))
             starts.append(len(flat))
 
-        def tensor(values: object) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
+        lists = (
+            cu_rows, [b for b, tree in enumerate(parents) for _ in range(len(tree) + 1)], ups,
+            depths, starts, [number for entry in flat for number in entry],
+            [law for own in used for law in own + [-1] * (places - len(own))],
+        )  # fmt: skip
+        firsts, sequences, above, levels, first_draws, records, laws_used = upload(
+            [(array("q", its).tobytes(), torch.int64) for its in lists], device
+        )
         return Trees(
-            tokens, tensor(cu_rows),
-            tensor([b for b, tree in enumerate(parents) for _ in range(len(tree) + 1)]),
-            tensor(ups), tensor(depths), tensor(starts), tensor(flat).view(-1, DRAW.value),
-            tensor([own + [-1] * (places - len(own)) for own in used]).view(rows, places),
+            tokens, firsts, sequences, above, levels, first_draws, records.view(-1, DRAW.value),
+            laws_used.view(rows, places),
             max((len(tree) + 1 for tree in parents), default=1), max(depths, default=0), laws,
             len(flat) == nodes
             and all(list(tree) == list(range(-1, len(tree) - 1)) for tree in parents),

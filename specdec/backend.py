@@ -8,7 +8,7 @@ import os
 import pkgutil
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
@@ -25,10 +25,12 @@ from specdec.kernels.reference import (
     visibility,
 )
 from specdec.kernels.tiles import MAX_HEAD_SIZE
+from specdec.kernels.upload import upload
 
 if TYPE_CHECKING:
     from specdec.kernels.cache import LayerTable
     from specdec.kernels.packed import PackedPass
+    from specdec.kernels.verify import Trees, Verified
 
 __all__ = [
     "LEFT_TO_TWINS",
@@ -39,6 +41,7 @@ __all__ = [
     "choose",
     "choose_for",
     "commit_paths",
+    "fused_rules",
     "heads_first",
     "interpreted",
     "kernel_file",
@@ -46,6 +49,9 @@ __all__ = [
     "layer_table",
     "packed_bias",
     "packed_pass",
+    "trees_of",
+    "upload",
+    "verify_fused",
     "visibility",
 ]
 
@@ -128,6 +134,41 @@ def commit_paths(
     from specdec.kernels.packed import Move, commit
 
     commit(layers, [Move(*move) for move in moves])
+
+
+def fused_rules() -> tuple[str, ...]:
+    """The acceptance rules that verify_fused knows."""
+    from specdec.kernels.verify import RULES
+
+    return RULES
+
+
+def trees_of(
+    parents: Sequence[Sequence[int]], draws: Sequence[tuple[int, int, int, bool]], laws: int,
+    device: torch.device,
+) -> "Trees":  # fmt: skip
+    """The shape of a batch of trees as verify_fused reads it: kernels.verify.Trees.of."""
+    from specdec.kernels.verify import Trees
+
+    tokens = torch.empty(sum(map(len, parents)), dtype=torch.long, device=device)
+    return Trees.of(tokens, parents, draws, laws)
+
+
+def verify_fused(
+    rule: str, logits: Tensor, trees: "Trees", tokens: Tensor, keys: Tensor, positions: Tensor, *,
+    temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None,
+    q: Tensor | None,
+) -> "Verified":  # fmt: skip
+    """What a fused rule decides on trees of these tokens (nodes,), by Triton kernels:
+    kernels.verify.verify."""
+    from specdec.kernels.packed import on
+    from specdec.kernels.verify import verify
+
+    with on(logits.device):
+        return verify(
+            rule, logits, replace(trees, tokens=tokens), keys, positions, temperature=temperature,
+            top_k=top_k, top_p=top_p, min_p=min_p, q=q,
+        )  # fmt: skip
 
 
 def interpreted() -> bool:

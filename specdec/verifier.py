@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.acceptance import RULES, batched
+from specdec import backend
+from specdec.acceptance import RULES, batched, fused
 from specdec.acceptance.batched import Outcome, TreeBatch
 from specdec.acceptance.followed import followed, have_peaks
 from specdec.cache import CacheGroup
@@ -35,6 +36,15 @@ class Verdict:
 Answer = tuple[tuple[int, ...], tuple[int, ...]]  # emitted tokens, accepted nodes
 
 
+@dataclass(frozen=True, slots=True)
+class _Party:
+    """Sequences that are judged in one call."""
+
+    rule: str
+    is_fused: bool
+    members: list[int]
+
+
 class Verifier:
     """Scores every tree of the batch in one target pass and applies one rule to each.
 
@@ -49,6 +59,7 @@ class Verifier:
                 f"verification={rule!r}: expected 'auto' or one of {', '.join(sorted(RULES))}"
             )
         self.runner, self.group, self.rule, self.drafts = runner, group, rule, drafts
+        self.kernels = backend.choose(runner.device)  # fused rules, or torch's
         runner.join(group)
 
     def check_law(self, law: Law) -> None:
@@ -82,11 +93,13 @@ class Verifier:
         counts = [len(tree) + 1 for tree in trees]
         parts = logits.split(counts) if len(counts) > 1 else (logits,)
         verdicts: list[Verdict | None] = [None] * len(sequences)
-        for members in _groups(sequences, trees):
+        for party in self._parties(sequences, trees, noise, logits.dtype):
+            members = party.members
             every = len(members) == len(sequences)
             rows = logits if every else torch.cat([parts[i] for i in members])
             chosen, its_trees = [sequences[i] for i in members], [trees[i] for i in members]
-            answers = self._judge(chosen, its_trees, rows, noise)
+            judge = self._judge_fused if party.is_fused else self._judge
+            answers = judge(party.rule, chosen, its_trees, rows, noise)
             for i, (tokens, path), part in zip(
                 members, answers, (parts[i] for i in members), strict=True
             ):
@@ -99,18 +112,57 @@ class Verifier:
         )
         return done
 
+    def _parties(
+        self, sequences: Items[Sequence], trees: Items[TokenTree], noise: Noise, dtype: torch.dtype
+    ) -> list[_Party]:
+        """Who is judged together: sequences of one law, or on fused kernels of one rule."""
+        parties: list[_Party] = []
+        merged: dict[tuple[str, bool], _Party] = {}
+        for members in _groups(sequences, trees):
+            law, its = sequences[members[0]].law, [trees[i] for i in members]
+            rule = self.rule_for(law, its)
+            if self.kernels.name == "torch" or not fused.can_judge(rule, law, its, noise, dtype):
+                parties.append(_Party(rule, False, members))
+                continue
+            drawn = any(tree.laws is not None for tree in its)
+            party = merged.setdefault((rule, drawn), _Party(rule, True, []))
+            party.members.extend(members)
+            party.members.sort()
+        return [*parties, *merged.values()]
+
     def _rows(self, sequence: Sequence, tree: TokenTree) -> SequenceRows:
         pending = sequence.tokens[sequence.cache.computed_len(self.runner) :]
         parents = None if tree.is_chain else tree.parents
         return SequenceRows(sequence.cache, pending, tree.tokens, parents, len(tree) + 1)
 
+    def _judge_fused(
+        self, rule: str, sequences: Items[Sequence], trees: Items[TokenTree], logits: Tensor,
+        noise: Noise,
+    ) -> list[Answer]:  # fmt: skip
+        """_judge, of sequences whose laws may differ, by kernels that make the noise themselves."""
+        del noise
+        outcome = fused.judge(
+            rule, trees, logits, [s.law.truncation for s in sequences],
+            [s.seed for s in sequences], [len(s.tokens) for s in sequences],
+        )  # fmt: skip
+
+        def diagnose() -> None:
+            parts = logits.split([len(tree) + 1 for tree in trees])
+            p = [s.law.truncation.law(part) for s, part in zip(sequences, parts, strict=True)]
+            laws = [tree.laws for tree in trees if tree.laws is not None]
+            batched.diagnose(
+                rule, TreeBatch.of(trees), torch.cat(p), torch.cat(laws) if laws else None
+            )
+
+        return _to_host(outcome, trees, sequences, None if rule == "greedy" else diagnose)
+
     def _judge(
-        self, sequences: Items[Sequence], trees: Items[TokenTree], logits: Tensor, noise: Noise
-    ) -> list[Answer]:
+        self, rule: str, sequences: Items[Sequence], trees: Items[TokenTree], logits: Tensor,
+        noise: Noise,
+    ) -> list[Answer]:  # fmt: skip
         """The rule's answers for sequences that share one law; logits (R, V), root rows first."""
         law = sequences[0].law
         paths = _paths(sequences, trees)
-        rule = self.rule_for(law, trees)
         # rules that follow one line do so on the host where the numbers are there
         on_host = logits.device.type == "cpu"
         if rule == "greedy":
@@ -118,7 +170,7 @@ class Verifier:
             if on_host:
                 return _followed(sequences, trees, best.tolist(), have_peaks(best, logits))
             batch = TreeBatch.of(trees)
-            return _to_host(batched.greedy(batch, best, logits), batch, sequences)
+            return _to_host(batched.greedy(batch, best, logits), trees, sequences)
         p = law.probabilities(logits, paths)
         batch = TreeBatch.of(trees)
         if rule == "gumbel":
@@ -126,7 +178,7 @@ class Verifier:
             if on_host:
                 said, sound = batched.said_by_gumbel(batch, p, gumbel)
                 return _followed(sequences, trees, said.tolist(), sound.tolist())
-            return _to_host(batched.gumbel(batch, p, gumbel), batch, sequences)
+            return _to_host(batched.gumbel(batch, p, gumbel), trees, sequences)
         seeds, positions = [s.seed for s in sequences], [len(s.tokens) for s in sequences]
         rows = max(len(tree) for tree in trees) + 1
         coins = noise.step(seeds, positions, rows, logits.device, batch.copies)
@@ -140,7 +192,7 @@ class Verifier:
             said, sound = batched.said_by_walk(batch, p, q, coins)
             return _followed(sequences, trees, said.tolist(), sound.tolist(), diagnose)
         outcome = batched.BY_COINS[rule](batch, p, q, coins)
-        return _to_host(outcome, batch, sequences, diagnose)
+        return _to_host(outcome, trees, sequences, diagnose)
 
 
 def _is_drawn_once(tree: TokenTree) -> bool:
@@ -197,7 +249,7 @@ def _followed(
 
 def _to_host(
     outcome: Outcome,
-    batch: TreeBatch,
+    trees: Items[TokenTree],
     sequences: Items[Sequence],
     diagnose: Callable[[], None] | None = None,
 ) -> list[Answer]:
@@ -211,12 +263,14 @@ def _to_host(
     ).tolist()
     depth = outcome.path.shape[1]
     answers: list[Answer] = []
-    for row, first_row, sequence in zip(packed, batch.row_offsets, sequences, strict=False):
+    first_row = 0
+    for row, tree, sequence in zip(packed, trees, sequences, strict=True):
         sound, accepted = row[0], row[1]
         if not sound:
             raise _numerical_error(sequence, diagnose)
         path = tuple(r - first_row - 1 for r in row[2 : 2 + accepted])
         answers.append((tuple(row[2 + depth : 3 + depth + accepted]), path))
+        first_row += len(tree) + 1
     return answers
 
 

@@ -121,10 +121,7 @@ class TreeBatch:
     @staticmethod
     def of(trees: Sequence[TokenTree]) -> "TreeBatch":
         tokens = trees[0].tokens if len(trees) == 1 else torch.cat([t.tokens for t in trees])
-        shapes = tuple(
-            (t.parents, t.draws, 0 if t.laws is None else t.laws.shape[0]) for t in trees
-        )
-        return TreeBatch(_layout(shapes, tokens.device), tokens)
+        return TreeBatch(_layout(shapes_of(trees), tokens.device), tokens)
 
     @property
     def row_offsets(self) -> tuple[int, ...]:
@@ -147,6 +144,11 @@ class Outcome:
     valid: Tensor  # (B,) bool: False where the laws were none; see laws.diagnose
 
 
+def shapes_of(trees: Sequence[TokenTree]) -> tuple[Shape, ...]:
+    """All that a layout depends on."""
+    return tuple((t.parents, t.draws, 0 if t.laws is None else t.laws.shape[0]) for t in trees)
+
+
 @lru_cache(maxsize=256)
 def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
     lengths = tuple(len(parents) for parents, _, _ in shapes)
@@ -156,7 +158,7 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
         node_offsets.append(node_offsets[-1] + n)
     depth = max((d for parents, _, _ in shapes for d in tree_depths(parents)), default=0)
     along = range(depth + 1)
-    draws = _draws(shapes)
+    draws = draws_of(shapes)
     is_chain = len(draws) == node_offsets[-1] and all(
         parents == chain_parents(len(parents)) for parents, _, _ in shapes
     )
@@ -179,7 +181,7 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
         copies=1 + max((draw.copy for draw in draws), default=0),
         is_chain=is_chain,
         is_even=is_chain and len(set(lengths)) == 1,
-        is_plain=is_chain and _is_plain(draws, sum(stored for _, _, stored in shapes)),
+        is_plain=is_chain and are_plain(draws, sum(stored for _, _, stored in shapes)),
         roots=tensor(row_offsets[:-1]),
         counts=tensor(lengths),
         parent_rows=tensor(
@@ -209,7 +211,7 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
     )
 
 
-def _draws(shapes: tuple[Shape, ...]) -> tuple[Draw, ...]:
+def draws_of(shapes: tuple[Shape, ...]) -> tuple[Draw, ...]:
     """Every proposal, sequences one after the other, each in draw order."""
     found: list[Draw] = []
     row = node = law = 0
@@ -234,7 +236,8 @@ def _draws(shapes: tuple[Shape, ...]) -> tuple[Draw, ...]:
     return tuple(found)
 
 
-def _is_plain(draws: tuple[Draw, ...], laws: int) -> bool:
+def are_plain(draws: tuple[Draw, ...], laws: int) -> bool:
+    """Whether every node was drawn once, in order: all from point masses, or node i from law i."""
     in_order = [d.node for d in draws] == list(range(len(draws)))
     return in_order and (laws == 0 or (laws == len(draws) and all(d.law == d.node for d in draws)))
 

@@ -48,6 +48,11 @@ class Law:
         return any(not isinstance(step, (_RowWise, Truncation)) for step in self._steps)
 
     @property
+    def is_truncation(self) -> bool:
+        """Whether it is its truncation of the logits, with no processor before."""
+        return not self._steps
+
+    @property
     def slow_processors(self) -> tuple[str, ...]:
         """Names of the processors that are called path by path on the host."""
         return tuple(type(step.processor).__name__ for step in self._slow)
