@@ -129,7 +129,8 @@ def test_audits_of_the_evaluation_become_tables() -> None:
         "estimators": "| 1,1 token | 2 | 95.0% | 98.0% |",
         "predicted_speed": "| draft 2 | 1.50 | 1.40 | +7.1% | 2.25 |",
         "verify_power": "| walk: x | 0.1000 | 20 of 20 |",
-        "optimal_trees": "| sampled, 8 nodes | 2.50 | 2.00 ± 0.10 | 1.25 | 1.75 ± 0.25 | 1.50 |  |",
+        "optimal_trees": "| sampled, 8 | 2.50 | 2.00 ± 0.10 | 1.25 | 1.75 ± 0.25 | 1.50 "
+        "|  | 1.14 |",
     }
     for section in SECTIONS:
         name = section.pattern.removesuffix(".json")
