@@ -69,11 +69,16 @@ def _first_rejected(has_node, p, had, keys, positions, sequence, ROWS: tl.conste
 
 
 @triton.jit
-def _left_of(x, e, total, weight, token, law, q, V, HAS_Q: tl.constexpr):
+def _left_of(
+    x, e, total, weight, token, law, q, V, HAS_Q: tl.constexpr, SPARSE: tl.constexpr
+):  # fmt: skip
     """[weight p - q]+ on one tile; q a point mass at the token where there is no law."""
     wanted = e / total * weight
     if HAS_Q:
-        other = tl.load(q + law * V + x, (x < V) & (law >= 0) & (e > 0), other=0.0)
+        inside = (x < V) & (law >= 0)
+        if SPARSE:  # elsewhere the mask would make single loads of wide ones
+            inside = inside & (e > 0)
+        other = tl.load(q + law * V + x, inside, other=0.0)
         wanted = tl.maximum(wanted - other.to(tl.float32), 0.0)
     return tl.where((law < 0) & (x == token), 0.0, wanted)
 
@@ -109,7 +114,9 @@ def residual_kernel(
     if first + at + 1 < end:
         row = first + at
         numbers = laws + row * LAW_NUMBERS
-        length = tl.load(numbers + LENGTH).to(tl.int32, bitcast=True)
+        length = V
+        if SPARSE:
+            length = tl.load(numbers + LENGTH).to(tl.int32, bitcast=True)
         heat = heat_of(temperature, sequence, HAS_HEAT)
         xs, e = entries(
             logits, stride, list_tokens, list_scores, row, tile, length, C,
@@ -117,7 +124,7 @@ def residual_kernel(
         )  # fmt: skip
         token = tl.sum(tl.where(r == at, x, 0))
         own = tl.sum(tl.where(r == at, law, 0))
-        left = _left_of(xs, e, tl.load(numbers + TOTAL), weight, token, own, q, V, HAS_Q)
+        left = _left_of(xs, e, tl.load(numbers + TOTAL), weight, token, own, q, V, HAS_Q, SPARSE)
         tl.store(parts + index * C + tile, tl.sum(left))
 
 
@@ -162,7 +169,9 @@ def chain_kernel(
     row = first + accepted
     numbers = laws + row * LAW_NUMBERS
     peak, total = tl.load(numbers + PEAK), tl.load(numbers + TOTAL)
-    cut, length = tl.load(numbers + CUT), tl.load(numbers + LENGTH).to(tl.int32, bitcast=True)
+    cut, length = tl.load(numbers + CUT), V
+    if SPARSE:
+        length = tl.load(numbers + LENGTH).to(tl.int32, bitcast=True)
     heat = heat_of(temperature, sequence, HAS_HEAT)
     token = tl.sum(tl.where(r == accepted, x, 0))
     own = tl.sum(tl.where(r == accepted, law, 0))
@@ -174,7 +183,7 @@ def chain_kernel(
                 logits, stride, list_tokens, list_scores, row, tile, length, C, peak, cut, heat,
                 HAS_HEAT, SPARSE, BLOCK,
             )  # fmt: skip
-            rest = _left_of(xs, e, total, weight, token, own, q, V, HAS_Q)
+            rest = _left_of(xs, e, total, weight, token, own, q, V, HAS_Q, SPARSE)
             tl.store(parts + part * C + tile, tl.sum(rest))
             tl.store(plain_parts + sequence * C + tile, tl.sum(e))
         tl.debug_barrier()
@@ -194,7 +203,7 @@ def chain_kernel(
         logits, stride, list_tokens, list_scores, row, tile, length, C, peak, cut, heat, HAS_HEAT,
         SPARSE, BLOCK,
     )  # fmt: skip
-    rest = _left_of(xs, e, total, weight, token, own, q, V, HAS_Q)
+    rest = _left_of(xs, e, total, weight, token, own, q, V, HAS_Q, SPARSE)
     extra = pick_token(xs, tl.where(use_p, e, rest), left_over, BLOCK)
     step = tl.arange(0, STEPS)
     drafted = tl.load(tokens + first - sequence + step, step < accepted, other=-1)

@@ -56,7 +56,9 @@ def _configurations(logits: str, sparse: bool, *, hip: bool) -> Iterator[Configu
             signature[argument] = "constexpr" if is_held or argument in absent else kind
         constants = {a: held[a] for a in signature if a in held}
         constants.update({a: None for a in signature if a in absent})
-        aligned = ("logits", "stride") if "logits" in signature else ()
+        # Triton sees at the launch what is a multiple of 16; vocabularies are, tensors begin there
+        whole = ("stride", "V")
+        aligned = tuple(n for n, kind in signature.items() if kind.startswith("*") or n in whole)
         options = {"num_warps": warps(BLOCK)}
         if kernel in (law_kernel, chain_kernel):
             options = held_options(BLOCK, hip=hip)

@@ -97,15 +97,18 @@ def _rest_of(q, law, V, first, last, drafted, draws, BLOCK: tl.constexpr):
 @triton.jit
 def _remainder(
     x, e, total, q, V, used_laws, row, shares, first, last, drafted, draws,
-    PLACES: tl.constexpr, PLACES_HELD: tl.constexpr,
+    PLACES: tl.constexpr, PLACES_HELD: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
     """What rejected proposals first .. last - 1 left of p, on one tile."""
     left = e / total
+    inside = x < V
+    if SPARSE:  # elsewhere the mask would make single loads of wide ones
+        inside = inside & (e > 0)
     for s in tl.static_range(PLACES):
         share = tl.sum(tl.where(tl.arange(0, PLACES_HELD) == s, shares, 0.0))
         if share > 0:
             law = tl.load(used_laws + row * PLACES + s)
-            left -= share * tl.load(q + law * V + x, (x < V) & (e > 0), other=0.0).to(tl.float32)
+            left -= share * tl.load(q + law * V + x, inside, other=0.0).to(tl.float32)
     left = tl.maximum(left, 0.0)
     return _without(x, left, first, last, drafted, draws, -2)
 
@@ -221,7 +224,7 @@ def law_kernel(
                         )  # fmt: skip
                         rest_here = _remainder(
                             xs, e, mass, q, V, used_laws, row, shares, first, last, drafted,
-                            draws, PLACES, PLACES_HELD,
+                            draws, PLACES, PLACES_HELD, SPARSE,
                         )  # fmt: skip
                         held_here = tl.sum(rest_here)
                         tl.store(parts + row * C + tile, held_here)
@@ -261,7 +264,7 @@ def law_kernel(
             if RULE == "recursive":
                 left_here = _remainder(
                     xs, e, mass, q, V, used_laws, row, shares, first, last, drafted, draws,
-                    PLACES, PLACES_HELD,
+                    PLACES, PLACES_HELD, SPARSE,
                 )  # fmt: skip
                 e = tl.where(is_plain, e, left_here)
             tl.store(decided + row * DECIDED + TOKEN, pick_token(xs, e, left_over, BLOCK))
