@@ -1,5 +1,6 @@
 """Runs one model on packed ragged rows over the paged cache; target and draft alike."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec import backend
 from specdec.attention import Recorder, Segment, Step
 from specdec.backend import Choice, Window
 from specdec.cache import CachedSequence, CacheGroup, Paged, kernels_for
@@ -153,6 +155,9 @@ class ModelRunner:
         return logits.float() if logits.device.type == "cpu" else logits
 
     def _ids(self, numbers: Sequence[int]) -> Tensor:
+        if self.device.type == "cuda":  # without a wait for what the device still does
+            [ids] = backend.upload([(array("q", numbers).tobytes(), torch.long)], self.device)
+            return ids
         return torch.tensor(numbers, dtype=torch.long, device=self.device)
 
     def _lay_out(self, row: SequenceRows) -> tuple[Segment, Tensor, Tensor]:
