@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from specdec.acceptance import RULES
-from specdec.cli.console import remark, with_bar
+from specdec.cli.console import with_bar
+from specdec.cli.dialogues import TURNS, read_contexts
 from specdec.cli.inputs import member_options
 from specdec.cli.options import Pair, end_tokens, load_pair, model_options, truncation_options
 from specdec.errors import InvalidArgumentError
@@ -54,8 +55,8 @@ def _speculations(
 @truncation_options
 @click.option(
     "--prompts", "sources", multiple=True, default=("heldout_code",), show_default=True,
-    help=f"A set ({', '.join(prompt_sets.names())}), or a .jsonl or text file; may be repeated. Of "
-    "several turns the first is taken.",
+    help=f"A set ({', '.join(prompt_sets.names())}), or a .jsonl or text file; may be repeated. "
+    f"{TURNS}",
 )  # fmt: skip
 @click.option("--column", default=None, help="Where the objects of a .jsonl file have their text.")
 @click.option(
@@ -154,23 +155,13 @@ def _with_tokenizers(
 def _tasks(
     pair: Pair, sources: tuple[str, ...], column: str | None, limit: int, new_tokens: int
 ) -> list[Task]:
-    """The prompts that fit; says which do not."""
+    """Every turn of the prompts that fit; says which do not."""
     tasks: list[Task] = []
     for source in dict.fromkeys(sources):
-        found = [
-            prompt_sets.Prompt(prompt.id, prompt.source, prompt.turns[:1])
-            for prompt in prompt_sets.load(source, column=column)[:limit]
-        ]
-        fitting = prompt_sets.fitting(
-            found, lambda text: len(pair.tokenizer(text)["input_ids"]), context=pair.context,
-            new_tokens=new_tokens,
-        )  # fmt: skip
-        if fitting.note:
-            remark(f"{source}: {fitting.note}")
-        tasks += [
-            Task(source, prompt.id, list(pair.tokenizer(prompt.text)["input_ids"]))
-            for prompt in fitting.kept
-        ]
+        for each in read_contexts(pair, source, column, limit, new_tokens):
+            for turn, tokens in enumerate(each.tokens, 1):
+                name = each.prompt.id if turn == 1 else f"{each.prompt.id} turn {turn}"
+                tasks.append(Task(source, name, tokens, each.prompt.id))
     if not tasks:
         raise InvalidArgumentError("no prompt fits the target's context")
     return tasks

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from specdec.cli.console import remark, with_bar
+from specdec.cli.dialogues import TURNS, read_contexts
 from specdec.cli.options import (
-    Pair,
     draft_options,
     end_tokens,
     load_pair,
@@ -33,7 +33,7 @@ from specdec.sampling import SamplingParams
 @truncation_options
 @click.option(
     "--prompts", "source", default="heldout_code", show_default=True,
-    help=f"A set ({', '.join(prompt_sets.names())}), or a .jsonl or text file.",
+    help=f"A set ({', '.join(prompt_sets.names())}), or a .jsonl or text file. {TURNS}",
 )  # fmt: skip
 @click.option("--column", default=None, help="Where the objects of a .jsonl file have their text.")
 @click.option(
@@ -101,7 +101,8 @@ def verify(
     plan.texts(sampled_prompts)  # refuses a power below the level
     shown = {**options, "proposer_options": dict(options["proposer_options"])}
     pair = load_pair(target, draft, dtype, device, **options)
-    rows = _prompts(pair, source, column, limit, max_new_tokens)
+    found = read_contexts(pair, source, column, limit, max_new_tokens)
+    rows = [tokens for each in found for tokens in each.tokens]
     sampling = SamplingParams(
         max_new_tokens, temperature, top_k, top_p, min_p, end_tokens(pair.target, pair.tokenizer)
     )
@@ -130,19 +131,6 @@ def verify(
         _show(audit)
     if not audit.passed:
         sys.exit(1)
-
-
-def _prompts(
-    pair: Pair, source: str, column: str | None, limit: int, new_tokens: int
-) -> list[list[int]]:
-    found = prompt_sets.load(source, column=column)[:limit]
-    fitting = prompt_sets.fitting(
-        found, lambda text: len(pair.tokenizer(text)["input_ids"]), context=pair.context,
-        new_tokens=new_tokens,
-    )  # fmt: skip
-    if fitting.note:
-        remark(fitting.note)
-    return [list(pair.tokenizer(prompt.text)["input_ids"]) for prompt in fitting.kept]
 
 
 def _show(audit: Audit) -> None:

@@ -37,11 +37,12 @@ Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One prompt of one set."""
+    """One prompt of one set, or a later turn of it."""
 
     set: str
     id: str
     tokens: list[int]
+    dialogue: str = ""  # which the turns of one share; they are one cluster of standard errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +347,7 @@ class Evaluation:
         return Engine(self.target, grow=True, **setting.arguments)
 
     def _row(self, setting: Setting, engine: Engine) -> dict[str, Any]:
-        tallies = self._tallies(setting, engine)
+        tallies = self._by_dialogue(self._tallies(setting, engine))
         drafts = engine.proposer is not None and bool(engine.proposer.draft_rows(1))
         depth = max((len(t.offered) for t in tallies.values()), default=0)
         costs = engine.step_costs(setting.sampling, max_depth=max(depth, 1)) if depth else None
@@ -394,6 +395,14 @@ class Evaluation:
                     }
                 )  # fmt: skip
         return {(task.set, task.id): found[task.set, task.id] for task in self.tasks}
+
+    def _by_dialogue(self, tallies: dict[tuple[str, str], Tally]) -> dict[tuple[str, str], Tally]:
+        """Turns of a dialogue added up."""
+        found: dict[tuple[str, str], list[Tally]] = {}
+        for task in self.tasks:
+            its = found.setdefault((task.set, task.dialogue or task.id), [])
+            its.append(tallies[task.set, task.id])
+        return {name: added(its) for name, its in found.items()}
 
     def _speed(self, setting: Setting) -> dict[str, Any] | None:
         """Against plain decoding, in turn; each prompt's least seconds per token of each, for texts

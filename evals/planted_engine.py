@@ -112,7 +112,7 @@ def _plant(engine: Engine, wrong: Any, stream: random.Random) -> None:
             answers.append(_answer(tree, wrong(_as_nodes(tree, rows), coins)))
         return answers
 
-    engine.verifier._judge = judge  # type: ignore[method-assign]
+    engine.verifier._judge = judge  # type: ignore[method-assign, assignment]
 
 
 def _no_paths() -> Any:
@@ -158,7 +158,9 @@ class Grown(Proposer):
 
     def __init__(self, tables: Tables, grow: Grow, shape: Sequence[int], seed: int) -> None:
         self._tables, self._grow, self._shape = tables, grow, tuple(shape)
-        self._sizes = list(accumulate(accumulate(shape, mul)))  # nodes down to each depth at most
+        self._sizes: list[int] = list(
+            accumulate(accumulate(shape, mul))
+        )  # nodes down to each depth at most
         self._rng = _Draws(random.Random(seed))
 
     @property

@@ -45,7 +45,8 @@ _PLAIN = "plain"
 def named() -> dict[str, Variant | KeyFault]:
     """By the names of evals/verify_power.py; where two share one, the first."""
     found: dict[str, Variant | KeyFault] = {}
-    for fault in (*FAULTS, *KEY_FAULTS, *LEGAL):
+    every: list[Variant | KeyFault] = [*FAULTS, *KEY_FAULTS, *LEGAL]
+    for fault in every:
         name = f"{fault.rule}: {fault.name}" if isinstance(fault, KeyFault) else fault.name
         found.setdefault(name, fault)
     return found
@@ -59,8 +60,9 @@ def sampled(run: RunFolder, key: str, make: Callable[[], Engine], size: int) -> 
             done.add(record["begin"])
             texts.update({tuple(text): n for text, n in record["texts"]})
     begins = [begin for begin in range(0, size, _CHUNK) if begin not in done]
-    if begins:
-        engine, params = make(), SamplingParams(max_new_tokens=PLAN.tokens, temperature=1.0)
+    if not begins:
+        return texts
+    engine, params = make(), SamplingParams(max_new_tokens=PLAN.tokens, temperature=1.0)
     base = derive_seed(SEED, 0, 1 + key.startswith(_PLAIN))
     for begin in tqdm(begins, desc=key):
         numbers = range(begin, min(begin + _CHUNK, size))

@@ -239,6 +239,13 @@ def test_interrupted_run_goes_on_where_it_stood(
         assert row["overlap"] == other["overlap"]
 
 
+def test_turns_of_a_dialogue_are_one_cluster(target: Model, draft: Model) -> None:
+    turns = [Task("a", f"1 turn {i}", [0, 45 + i, 67], "1") for i in range(2)]
+    [row] = Evaluation(target, settings(draft)[:1], [*turns, TASKS[1]], timed=0).run()["rows"]
+    assert row["prompts"] == 2
+    assert row["tokens"] == 3 * 12
+
+
 def test_nothing_to_evaluate(target: Model, draft: Model) -> None:
     with pytest.raises(InvalidArgumentError, match="nothing to evaluate"):
         Evaluation(target, [], TASKS)
@@ -335,3 +342,25 @@ def test_unknown_column_is_named_with_its_line(cli: Callable[..., Result], tmp_p
     result = cli("--prompts", str(path), "--proposer", "ngram:2")
     assert result.exit_code == 2
     assert f"{path}:2: unknown column 'text'" in result.stderr
+
+
+def test_every_turn_is_continued_behind_the_target_s_answers(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "dialogue.jsonl"
+    path.write_text(json.dumps({"id": "x", "turns": ["one two", "three"]}) + "\n")
+    seen: list[list[int]] = []
+    make = Evaluation.__init__
+
+    def kept(self: Evaluation, target: Model, rows: Any, tasks: Any, **more: Any) -> None:
+        seen.extend(task.tokens for task in tasks)
+        make(self, target, rows, tasks, **more)
+
+    monkeypatch.setattr(Evaluation, "__init__", kept)
+    result = cli("--prompts", str(path), "--proposer", "draft:2", "--json")
+    content = json.loads(result.stdout)
+    assert content["settings"]["prompts"] == [[str(path), "x"], [str(path), "x turn 2"]]
+    assert content["rows"][0]["prompts"] == 1
+    first, second = seen
+    assert second[: len(first)] == first
+    assert len(second) > len(first) + 8  # eight tokens of the answer, then the next turn
