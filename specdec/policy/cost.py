@@ -30,6 +30,9 @@ _GUESS_WEIGHT, _COMMON_WEIGHT = 2.0, 15.0
 _WEIGHTS, _STREAK_WEIGHTS = (2.0, 12.0), (12.0, 30.0)
 _FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+# A draft that promises so much less than plain decoding is made all the same: what it teaches may be
+# worth more, and plain decoding teaches nothing.
+_CURIOSITY = 0.04
 _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
 _HOLDS = 3  # steps for which a sequence's choice holds that decodes alone, where enough was seen
@@ -242,7 +245,7 @@ class CostPolicy(Policy):
     def _best_alone(self, costs: StepCosts, outlook: _Outlook) -> int:
         sizes, behind = outlook.sizes, self._behind(costs, outlook)
         draft, verify = self._tables(costs, len(outlook.sequence.tokens))
-        best, best_rate, expected = 0, 1 / verify[1], 1.0
+        best, best_rate, expected = 0, (1 - _CURIOSITY) / verify[1], 1.0
         for depth, chance in enumerate(outlook.reach, 1):
             expected += chance
             rate = expected / (behind + draft[depth] + verify[sizes[depth] + 1])
