@@ -30,9 +30,9 @@ _GUESS_WEIGHT, _COMMON_WEIGHT = 2.0, 15.0
 _WEIGHTS, _STREAK_WEIGHTS = (2.0, 12.0), (12.0, 30.0)
 _FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-# A draft that promises so much less than plain decoding is made all the same: what it teaches may be
-# worth more, and plain decoding teaches nothing.
-_CURIOSITY = 0.04
+# A draft that promises so much less than plain decoding is made all the same: it teaches something,
+# and plain decoding nothing.
+_CURIOSITY = 0.03
 _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
 _HOLDS = 3  # steps for which a sequence's choice holds that decodes alone, where enough was seen
@@ -45,7 +45,7 @@ _EVERYWHERE = -1  # stands for all situations together
 class _Situation:
     rates: Rates
     # what a chance is taken for by depth, before anything is known of this sequence
-    guess: Items[float] = ()
+    guess: Items[float]
     idle: int = 0  # steps since the last draft
     wait: int = 0  # idle steps after which one token is tried; 0: not known yet
     trying: bool = False  # the coming step does
@@ -208,7 +208,8 @@ class CostPolicy(Policy):
         history.number = number = self._proposer.situation(sequence) * self._kinds + kind
         here = history.situations.get(number)
         if here is None:
-            here = history.situations[number] = _Situation(Rates(self._depth))
+            here = _Situation(Rates(self._depth), self._first_guess)
+            history.situations[number] = here
         history.here = here
         return history
 
