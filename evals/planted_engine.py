@@ -101,9 +101,10 @@ def _plant(engine: Engine, wrong: Any, stream: random.Random) -> None:
     coins = _Coins(stream)
 
     def judge(
-        sequences: Sequence[Sample], trees: Sequence[TokenTree], logits: Tensor, noise: Noise
-    ) -> list[Answer]:
-        del noise
+        rule: str, sequences: Sequence[Sample], trees: Sequence[TokenTree], logits: Tensor,
+        noise: Noise,
+    ) -> list[Answer]:  # fmt: skip
+        del rule, noise
         p = sequences[0].law.probabilities(logits, _no_paths).double().tolist()
         answers, first = [], 0
         for tree in trees:
@@ -112,7 +113,9 @@ def _plant(engine: Engine, wrong: Any, stream: random.Random) -> None:
             answers.append(_answer(tree, wrong(_as_nodes(tree, rows), coins)))
         return answers
 
-    engine.verifier._judge = judge  # type: ignore[method-assign, assignment]
+    for name in ("_judge", "_judge_fused"):
+        assert hasattr(engine.verifier, name)
+        setattr(engine.verifier, name, judge)
 
 
 def _no_paths() -> Any:

@@ -93,12 +93,13 @@ def examined(name: str, size: int, run: RunFolder) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def result(found: Sequence[dict[str, Any]], session: dict[str, Any]) -> dict[str, Any]:
+def result(found: Sequence[dict[str, Any]], sessions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What is committed."""
     wrong = [f for f in found if not f["sound"] and f["total_variation"] > CAUGHT_ABOVE]
     return {
-        "provenance": session, "detect_tv": PLAN.total_variation, "power": PLAN.power,
-        "level": PLAN.level, "tokens": PLAN.tokens, "cells": PLAN.cells, "tables": SEED,
+        "provenance": sessions[-1], "sessions": list(sessions),
+        "detect_tv": PLAN.total_variation, "power": PLAN.power, "level": PLAN.level,
+        "tokens": PLAN.tokens, "cells": PLAN.cells, "tables": SEED,
         "above": CAUGHT_ABOVE, "faults_above": len(wrong),
         "caught_above": sum(f["caught"] for f in wrong), "faults": list(found),
     }  # fmt: skip
@@ -116,7 +117,7 @@ def main(folder: Path, out: Path, only: tuple[str, ...], texts: int) -> None:
     for name in only:
         found.append(examined(name, texts, run))
         click.echo(json.dumps(found[-1]))
-        content = json.dumps(result(found, run.sessions[-1]), indent=1)
+        content = json.dumps(result(found, run.sessions), indent=1)
         out.write_text(content + "\n", encoding="utf-8")
 
 
