@@ -6,10 +6,10 @@ row is the baseline. A row whose texts are not the target's own (evals/gate.py) 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
-from specdec.evals.contenders import PLAIN, Contender, Turn
+from specdec.evals.contenders import PLAIN, Contender, Ours, Turn
 from specdec.evals.folder import RunFolder
 from specdec.evals.gate import Gate, Verdict, uniform_p_value
 from specdec.evals.prompts import Prompt
@@ -144,8 +144,21 @@ class Bench:
             against = {b: by_row[b] for b in baselines if b != row.name and verdicts[b].passed}
             summary = summarise(by_row[row.name], verdicts[row.name], against)
             label = _label(row, verdicts[row.name])
+            summary["predicted_speed"] = self._predicted(row, by_row[row.name])
             found.append({"name": row.name, "ours": row.is_ours, "label": label, **summary})
         return found
+
+    def _predicted(self, row: Contender, its: list[Record]) -> float | None:
+        """Against plain decoding; None where the cost model says nothing."""
+        if not isinstance(row, Ours) or not its:
+            return None
+        contexts = [
+            len(prompt) + len(tokens) / 2
+            for record in its
+            for prompt, tokens in self._with_prompts(record["task"], _tokens(record))
+        ]
+        turns = [Turn.of(turn) for record in its for turn in record["turns"]]
+        return row.predicted_speed(turns, mean(contexts))
 
     # --- is it the target's own text?
 

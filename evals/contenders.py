@@ -141,6 +141,23 @@ class Ours(Contender):
             out.stats.verify_seconds,
         )  # fmt: skip
 
+    def predicted_speed(self, turns: Sequence[Turn], context: float) -> float | None:
+        """Against plain decoding, by the cost model: the tokens of these turns' passes over what
+        such passes cost, measured apart, at `context` tokens. None where trees are drafted, and
+        where nothing is."""
+        proposer = self.engine.proposer
+        passes = [each for t in turns for each in list(zip(t.emitted, t.drafted, strict=True))[1:]]
+        depth = max((drafted for _, drafted in passes), default=0)
+        if proposer is None or not depth or proposer.nodes_within(depth) != depth:
+            return None
+        costs = self.engine.step_costs(self.sampling, max_depth=depth)
+        if costs is None:
+            return None
+        seconds = sum(costs.verify_seconds(drafted + 1, context) for _, drafted in passes)
+        if proposer.draft_rows(1):
+            seconds += sum(costs.draft_seconds(drafted, context) for _, drafted in passes)
+        return sum(emitted for emitted, _ in passes) * costs.verify_seconds(1, context) / seconds
+
 
 class Theirs(Contender):
     """transformers' own generate; `more` are further arguments, an assistant_model say.

@@ -18,6 +18,7 @@ from specdec.evals.token_view import TokenView, token_view
 from specdec.evals.trace import TRACES
 
 Raw = dict[str, Any]
+Points = dict[str, list[tuple[float, float]]]  # by kind of draft: its length, and a figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +158,23 @@ def _bench_plots(rows: list[Raw], ours: list[Raw], sets: list[str]) -> list[Plot
         (row["name"], row["speed_against"].get("specdec plain", {}).get("median")) for row in rows
     )
     if any(len(points) > 1 for points in lengths.values()):
-        series = [through(name, points, i)
-                  for i, (name, points) in enumerate(lengths.items())]  # fmt: skip
-        found.append(Plot("Speed against draft length", "Measured, against plain specdec decoding.",
-                          lambda: plots.lines(series, x="drafted tokens",
-                                              y="speed against plain")))  # fmt: skip
+        predicted = _by_length((row["name"], row.get("predicted_speed")) for row in rows)
+        found.append(_speed_plot(predicted, lengths))
     return found
+
+
+def _speed_plot(predicted: Points, measured: Points) -> Plot:
+    """Speed over draft length, by kind of draft."""
+    series = []
+    for i, kind in enumerate(dict.fromkeys([*predicted, *measured])):
+        if kind in predicted:
+            series.append(through(f"{kind}, predicted", predicted[kind], i))
+        if kind in measured:
+            series.append(through(f"{kind}, measured", measured[kind], i, joined=False))
+    return Plot(
+        "Speed against draft length", "Lines are the cost model's, dots were timed.",
+        lambda: plots.lines(series, x="drafted tokens", y="speed against plain"),
+    )  # fmt: skip
 
 
 def eval_part(name: str, raw: Raw) -> Part:
@@ -228,16 +240,8 @@ def tune_part(name: str, raw: Raw) -> Part:
     )  # fmt: skip
     predicted = _by_length((f["setting"]["name"], f["predicted"]) for f in findings)
     measured = _by_length((f["setting"]["name"], f["measured"]) for f in findings)
-    series = []
-    for i, (kind, points) in enumerate(predicted.items()):
-        series.append(through(f"{kind}, predicted", points, i))
-        if kind in measured:
-            series.append(through(f"{kind}, measured", measured[kind], i, joined=False))
-    if series:
-        part.plots.append(
-            Plot("Speed against draft length", "Lines are the cost model's, dots were timed.",
-                 lambda: plots.lines(series, x="drafted tokens", y="speed against plain"))
-        )  # fmt: skip
+    if predicted:
+        part.plots.append(_speed_plot(predicted, measured))
     by_position = [
         Series(kind, range(1, len(its["acceptance_by_position"]) + 1),
                its["acceptance_by_position"], colour=i)
@@ -302,7 +306,7 @@ def _curve(name: str, found: Sequence[Any], colour: int) -> Series:
     return Series(name, range(1, len(values) + 1), values, ends, colour=colour)
 
 
-def _by_length(rows: Any) -> dict[str, list[tuple[float, float]]]:
+def _by_length(rows: Any) -> Points:
     """(name with a draft length at its end, speed) -> points by kind."""
     found: dict[str, list[tuple[float, float]]] = {}
     for name, speed in rows:

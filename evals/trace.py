@@ -62,8 +62,8 @@ class _Watcher(Verifier):
     """The engine's verifier, which also notes what it sees."""
 
     def __init__(self, inner: Verifier, engine: Engine) -> None:
-        self.runner, self.group, self.rule = inner.runner, inner.group, inner.rule
-        self.drafts, self._engine = inner.drafts, engine
+        vars(self).update(vars(inner))  # its runner has joined, so it cannot be made anew
+        self._engine = engine
         self.steps: list[tuple[tuple[Node, ...], Verdict]] = []
 
     def verify(

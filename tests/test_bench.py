@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from specdec import Engine, SamplingParams
 from specdec.cli.main import main
+from specdec.costs import StepCosts
 from specdec.errors import InvalidArgumentError
 from specdec.evals.bench import Bench, Dialogue, Task, TokenPrompts, passes_by_depth, spread
 from specdec.evals.contenders import PLAIN, Contender, Ours, Speculation, Theirs, Turn
@@ -50,6 +51,22 @@ def run_bench(
     work = tasks(TEXT, "def sort(") if work is None else work
     dialogue = Dialogue(tokenizer, chat=False)
     return Bench(rows, work, dialogue, gate, folder, rounds=rounds, seed=0).run()
+
+
+# --- what the cost model says
+
+
+def test_prediction_is_tokens_over_what_passes_cost(
+    target: Model, draft: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Ours("d", Engine(target, draft=draft, num_draft_tokens=2, grow=True), GREEDY)
+    known = StepCosts(1, 64, (0, 1, 2), (1, 2, 3), (0.0, 0.25, 0.5), (1.0, 1.25, 1.5))
+    monkeypatch.setattr(ours.engine, "step_costs", lambda *_, **__: known)
+    # the first pass of a turn reads the prompt
+    turn = Turn((1,) * 8, (1, 3, 1, 2, 1), (0, 2, 2, 1, 0), 1.0)
+    assert ours.predicted_speed([turn], 10) == pytest.approx(7 * 1.0 / (2.0 + 2.0 + 1.5 + 1.0))
+    plain = Turn((1, 2), (1, 1), (0, 0), 1.0)
+    assert ours.predicted_speed([plain], 10) is None
 
 
 # --- rows

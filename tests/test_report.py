@@ -88,6 +88,18 @@ def test_a_bench_becomes_one_page_that_needs_nothing_else(run: Path, tmp_path: P
     assert EVIL in page.text  # as text, in the prompt of the trace
 
 
+def test_speed_against_draft_length_has_the_cost_model_beside_it(run: Path) -> None:
+    rows = {row["name"]: row for row in json.loads((run / "summary.json").read_text())["rows"]}
+    for name in ("specdec draft:2", "specdec draft:3"):
+        assert 0.1 < rows[name]["predicted_speed"] < 4
+    assert rows["specdec tree:2,1"]["predicted_speed"] is None  # of no one length
+    assert rows["specdec plain"]["predicted_speed"] is None
+    [plot] = [plot for plot in read(run).plots if plot.title == "Speed against draft length"]
+    svg = plot.draw()
+    assert "draft, predicted" in svg
+    assert "draft, measured" in svg
+
+
 def test_markdown_holds_the_tables_and_no_markup_from_files(run: Path) -> None:
     part = read(run)
     part.title = "bench: <b>*x*</b>"
