@@ -148,7 +148,9 @@ class Ours(Contender):
         proposer = self.engine.proposer
         passes = [each for t in turns for each in list(zip(t.emitted, t.drafted, strict=True))[1:]]
         depth = max((drafted for _, drafted in passes), default=0)
-        if proposer is None or not depth or proposer.nodes_within(depth) != depth:
+        if proposer is None or any(proposer.nodes_within(n) != n for n in range(1, depth + 1)):
+            return None
+        if not depth:
             return None
         costs = self.engine.step_costs(self.sampling, max_depth=depth)
         if costs is None:
