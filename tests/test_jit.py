@@ -143,7 +143,9 @@ class Layer:
         self.keys, self.values = draw(1, *shape, dtype=dtype), draw(2, *shape, dtype=dtype)
 
     def memory(self) -> Any:
-        return SimpleNamespace(flat_keys=[self.keys], flat_values=[self.values], device="cpu")
+        return SimpleNamespace(
+            flat_keys=[self.keys], flat_values=[self.values], device="cpu", on_triton=False
+        )
 
     def flat(self, slots: int) -> Tensor:
         return torch.tensor([self.table.flat(slot) for slot in range(slots)])
