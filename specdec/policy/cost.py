@@ -33,6 +33,8 @@ _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # A draft that promises so much less than plain decoding is made all the same: it teaches something,
 # and plain decoding nothing.
 _CURIOSITY = 0.03
+# A free draft that is nearly as good whole is not cut: costs are known no better than that.
+_AS_GOOD = 0.96
 _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
 _HOLDS = 3  # steps for which a sequence's choice holds that decodes alone, where enough was seen
@@ -254,6 +256,10 @@ class CostPolicy(Policy):
                 best, best_rate = depth, rate
             elif depth > best + _FURTHER:
                 break
+        if best and self._proposer is not None and self._proposer.free:
+            whole = len(sizes) - 1
+            if (1 + sum(outlook.reach)) / verify[sizes[whole] + 1] > _AS_GOOD * best_rate:
+                return whole
         return best
 
     def _tables(self, costs: StepCosts, context: int) -> tuple[list[float], list[float]]:
