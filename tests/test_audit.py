@@ -3,7 +3,7 @@ audit must see."""
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable, Iterable, Sequence as Items
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,14 +275,16 @@ def test_draft_that_breaks_the_contract_is_seen(
 
 
 def test_wrong_commit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = CacheGroup.commit
+    commit = CacheGroup.commit_all
 
     def neighbour(
-        self: CacheGroup, sequence: CachedSequence, length: int, slots: Items[int]
+        self: CacheGroup, commits: Iterable[tuple[CachedSequence, int, Items[int]]]
     ) -> None:  # the sibling's slot
-        commit(self, sequence, length, [max(length, slot - 1) for slot in slots])
+        commit(
+            self, [(s, first, [max(first, x - 1) for x in slots]) for s, first, slots in commits]
+        )
 
-    monkeypatch.setattr(CacheGroup, "commit", neighbour)
+    monkeypatch.setattr(CacheGroup, "commit_all", neighbour)
     make = maker("tree", {"proposer_options": {"tree": (2,)}})
     assert emitted_law(make, TARGET, PROMPT).error > 1e-3
 

@@ -1,6 +1,6 @@
 """Models with known laws: what they answer, what faults they see; synthetic drafts."""
 
-from collections.abc import Sequence as Items
+from collections.abc import Iterable, Sequence as Items
 from math import sqrt
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdec import Engine, SamplingParams
-from specdec.cache import CachedSequence, CacheGroup
+from specdec.cache import CachedSequence, CacheGroup, Paged
 from specdec.errors import InvalidArgumentError
 from specdec.runner import ModelRunner, Runner, SequenceRows
 from specdec.toy import (
@@ -109,7 +109,7 @@ def test_slot_with_a_foreign_position_is_seen(
     runner: TableRunner, group: CacheGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequence = group.open(20)
-    monkeypatch.setattr(CacheGroup, "_move", lambda *_: None)
+    monkeypatch.setattr(Paged, "commit", lambda *_: None)
     runner.score([SequenceRows(sequence, [1, 2], torch.tensor([3, 4]), [-1, -1], keep=0)])
     group.commit(sequence, 2, [3])
     runner.score([SequenceRows(sequence, [0])])  # node 0 in its place: of the same position
@@ -133,14 +133,14 @@ def test_engine_runs_on_tables(tree: tuple[int, ...]) -> None:
 
 
 def test_wrong_commit_is_seen_in_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = CacheGroup.commit
+    commit = CacheGroup.commit_all
 
     def wrong(
-        self: CacheGroup, sequence: CachedSequence, length: int, slots: Items[int]
+        self: CacheGroup, commits: Iterable[tuple[CachedSequence, int, Items[int]]]
     ) -> None:  # its neighbour
-        commit(self, sequence, length, [slot ^ 1 for slot in slots])
+        commit(self, [(s, first, [slot ^ 1 for slot in slots]) for s, first, slots in commits])
 
-    monkeypatch.setattr(CacheGroup, "commit", wrong)
+    monkeypatch.setattr(CacheGroup, "commit_all", wrong)
     draft = TableRunner(WHOLE, V)
     engine = Engine(TableRunner(WHOLE, V), draft=draft, tree=(2,), kv_memory=KV)
     engine.add_request([1, 2], SamplingParams(12, temperature=0))
