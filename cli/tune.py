@@ -16,6 +16,7 @@ from specdec.cli.models import (
 )
 from specdec.errors import InvalidArgumentError
 from specdec.evals import prompts as prompt_sets
+from specdec.evals.provenance import model_facts
 from specdec.evals.tuning import Finding, Tuner, plot, save
 from specdec.sampling import SamplingParams
 
@@ -94,7 +95,15 @@ def tune(
         rounds=rounds, progress=with_bar, tokenizers=tokenizers,
     ).run()  # fmt: skip
     if out is not None:
-        save(tuning, out)
+        its = zip(("target", "draft"), (target, draft), models, strict=True)
+        save(
+            tuning, out,
+            {
+                **{role: {"name": n, **model_facts(m)} for role, n, m in its if m is not None},
+                "prompts": [source] * len(ids), "max_new_tokens": max_new_tokens,
+                "temperature": temperature, "rounds": rounds, "device": device,
+            },
+        )  # fmt: skip
     if picture is not None:
         plot(tuning, picture)
     if as_json:

@@ -35,8 +35,11 @@ def lines(series: Sequence[Series], *, x: str, y: str, top: float | None = None)
     figure, axes = _figure()
     for each in series:
         colour = COLOURS[each.colour % len(COLOURS)]
-        style = "-" if each.joined else ""
-        axes.plot(each.x, each.y, style, marker="o", markersize=4, color=colour, label=each.name)
+        style = "-" if each.joined else "none"
+        axes.plot(
+            each.x, each.y, linestyle=style, marker="o", markersize=4 if each.joined else 7,
+            color=colour, label=each.name,
+        )  # fmt: skip
         if each.ranges:
             low = [max(0.0, v - r[0]) for v, r in zip(each.y, each.ranges, strict=True)]
             high = [max(0.0, r[1] - v) for v, r in zip(each.y, each.ranges, strict=True)]

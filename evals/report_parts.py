@@ -226,7 +226,7 @@ def eval_part(name: str, raw: Raw) -> Part:
 def tune_part(name: str, raw: Raw) -> Part:
     """Predicted and measured speed of every setting, over the draft length where it has one."""
     findings = raw["findings"]
-    part = Part(f"tune: {name}", [("best", raw["best"]["name"])])
+    part = Part(f"tune: {name}", [*_facts(raw, ""), ("best", raw["best"]["name"])])
     part.tables.append(
         Table(
             "Speed against plain decoding",

@@ -14,6 +14,7 @@ from typing import Any
 
 from specdec.engine import Engine
 from specdec.errors import InvalidArgumentError
+from specdec.evals.provenance import provenance
 from specdec.optimal import fastest_shape
 from specdec.proposers import SuffixProposer
 from specdec.sampling import SamplingParams
@@ -224,9 +225,11 @@ def _mean(lengths: Any, limit: int) -> float:
     return sum(min(length, limit) * n for length, n in lengths.items()) / total if total else 0.0
 
 
-def save(tuning: Tuning, path: Path) -> None:
-    """Writes everything as JSON; `best` holds the arguments for specdec.wrap."""
-    path.write_text(json.dumps(tuning.as_dict(), indent=1) + "\n", encoding="utf-8")
+def save(tuning: Tuning, path: Path, settings: dict[str, Any]) -> None:
+    """Writes everything as JSON; `best` holds the arguments for specdec.wrap. settings: what was
+    tuned, on what."""
+    content = {**tuning.as_dict(), "settings": settings, "sessions": [provenance()]}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def plot(tuning: Tuning, path: Path) -> None:

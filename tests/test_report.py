@@ -16,7 +16,7 @@ from specdec.cli.main import main
 from specdec.errors import InvalidArgumentError
 from specdec.evals import plots
 from specdec.evals.folder import RunFolder
-from specdec.evals.plots import Series
+from specdec.evals.plots import Series, lines, through
 from specdec.evals.report import html, markdown, write
 from specdec.evals.report_parts import eval_part, read, tune_part
 from specdec.evals.token_view import token_view
@@ -203,15 +203,19 @@ def test_a_tuning_shows_predictions_as_lines_and_measurements_as_dots() -> None:
                 "measured": measured, "measured_tokens_per_pass": 2.0}  # fmt: skip
 
     part = tune_part("t.json", {
-        "best": {"name": "draft 2"},
+        "best": {"name": "draft 2"}, "settings": {"device": "cpu"}, "sessions": [],
         "findings": [finding("draft 2", 1.4, 1.3), finding("draft 1", 1.2, None),
                      finding("plain", 1.0, 1.0), finding("draft, auto", None, 1.2)],
         "acceptance": {"draft": {"acceptance_by_position": [0.6, 0.4]}, "tree": {}},
     })  # fmt: skip
     assert [row[0] for row in part.tables[0].rows] == ["draft 2", "plain", "draft, auto"]
+    assert ("device", "cpu") in part.facts
     svg = part.plots[0].draw()
     assert "draft, predicted" in svg
     assert "draft, measured" in svg
+    dots = lines([through("a", [(1, 1), (2, 1.5)], 0, joined=False)], x="x", y="y")
+    joined = lines([through("a", [(1, 1), (2, 1.5)], 0)], x="x", y="y")
+    assert joined.count("clip-path") > dots.count("clip-path")  # a line is clipped to the axes
     assert part.plots[1].title == "Acceptance by position"
 
 
