@@ -12,9 +12,9 @@ have emitted the same text over the same nodes go on from two representatives: t
 caches differ, and whatever they have seen, the next step must follow the target's law.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from specdec import SamplingParams
 from specdec.engine import Engine
 from specdec.evals.enumeration import Comparison, Joint, Tokens
 from specdec.rng import Noise, Purpose, StepNoise
+from specdec.sampling.processors import OccurrencePenalties
 from specdec.sequence import Sequence as EngineSequence
 from specdec.toy import Table
 from specdec.tree import TokenTree
@@ -37,6 +38,8 @@ _GUMBEL = 7  # stands beside the purposes in an address
 _COPY, _ROW, _PURPOSE, _POSITION = 8, 10, 3, 16  # bits of an address; the world is above them
 _ADDRESS = _COPY + _ROW + _PURPOSE + _POSITION
 
+_AS_IT_IS = SamplingParams()
+
 MakeEngine = Callable[[Noise], Engine]
 # (address, how often it was read before) -> the outcome that was taken
 Decisions = dict[tuple[int, int], int]
@@ -44,16 +47,17 @@ Decisions = dict[tuple[int, int], int]
 
 def emitted_law(
     make: MakeEngine, table: Table, prompt: Sequence[int], *, tokens: int = 3,
-    new_tokens: int | None = None, temperature: float = 1.0,
+    new_tokens: int | None = None, sampling: SamplingParams = _AS_IT_IS,
 ) -> Comparison:  # fmt: skip
     """The joint law of the first `tokens` that engines of make(noise) emit behind the prompt, and
     the target's own.
 
     Their target must be a TableRunner of `table`. new_tokens: what the request asks for (default:
-    tokens); more lets the last steps draft deeper. The arithmetic is that of production: laws in
+    tokens); more lets the last steps draft deeper. sampling: how it samples otherwise; no text may
+    end before. The arithmetic is that of production: laws in
     float32 are right to 2**-24 of each probability, so differences below TOLERANCE are rounding.
     """
-    params = SamplingParams(new_tokens or tokens, temperature=temperature)
+    params = replace(sampling, max_new_tokens=new_tokens or tokens)
     ours: Joint = defaultdict(float)
     frontier = [_Branch({}, (), 1.0)]
     steps = 0
@@ -72,25 +76,45 @@ def emitted_law(
                 some = same[:1] if len(same) == 1 else [same[0], same[-1]]
                 following += [_Branch(leaf.taken, text, mass / len(some)) for leaf in some]
         frontier = following
-    return Comparison(dict(ours), target_law(table, prompt, tokens, temperature))
+    return Comparison(dict(ours), target_law(table, prompt, tokens, sampling))
 
 
-def target_law(table: Table, prompt: Sequence[int], tokens: int, temperature: float = 1.0) -> Joint:
+def target_law(
+    table: Table, prompt: Sequence[int], tokens: int, sampling: SamplingParams = _AS_IT_IS
+) -> Joint:
     """The joint law of the first tokens that a target of this table emits."""
     law: Joint = {(): 1.0}
     for _ in range(tokens):
         law = {
             (*text, token): mass * p
             for text, mass in law.items()
-            for token, p in enumerate(_heated(table((*prompt, *text)), temperature))
+            for token, p in enumerate(next_law(table, prompt, text, sampling))
             if p > 0
         }
     return law
 
 
-def _heated(law: Sequence[float], temperature: float) -> list[float]:
-    powers = [x ** (1 / temperature) for x in law]
-    return [x / sum(powers) for x in powers]
+def next_law(
+    table: Table, prompt: Sequence[int], text: Tokens, sampling: SamplingParams
+) -> list[float]:
+    """The law of the token behind prompt and text, by definition: transformers' own processors and
+    warpers, called on this one path in float64."""
+    return next_scores(table, prompt, text, sampling).softmax(-1).tolist()
+
+
+def next_scores(
+    table: Table, prompt: Sequence[int], text: Tokens, sampling: SamplingParams
+) -> Tensor:
+    """(V,) log p behind the processors and warpers."""
+    path = torch.tensor([[*prompt, *text]])
+    scores = torch.tensor([table((*prompt, *text))], dtype=torch.float64).log()
+    for processor in sampling.law().processors:
+        if isinstance(processor, OccurrencePenalties):  # not one of transformers'
+            for token, count in Counter(text).items():
+                scores[0, token] -= processor.frequency * count + processor.presence
+        else:
+            scores = processor(path, scores)
+    return scores[0]
 
 
 class _Branch(NamedTuple):

@@ -1,10 +1,11 @@
 """The settings of a run on small tables: the law of what they emit, exactly, and planted faults.
 
-What drafts, the rule, the policy and the temperature are those of the run, in production code; the
-models are tables over three tokens, and drafts are cut to a size whose every outcome can be taken
-(evals/audit.py). Truncation (top-k, top-p, min-p) is left to the samples of the real pair. Greedy
-and coupled text has nothing random beside the seed: there each text must be plain decoding's own.
-What draws in a way that has no outcomes to enumerate is sampled.
+What drafts, the rule, the policy, the temperature and the truncation (top-k, top-p, min-p and the
+like) and processors are those of the run, in production code; the models are tables over three
+tokens, and drafts are cut to a size whose every outcome can be taken. They are compared with the
+law that transformers' own processors give on each path alone (evals/audit.py). Greedy and coupled
+text has nothing random beside the seed: there each text must be the best one by those scores and
+that seed's noise. What draws in a way that has no outcomes to enumerate is sampled.
 """
 
 import itertools
@@ -17,14 +18,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TemperatureLogitsWarper
 
 from specdec.engine import Engine
-from specdec.evals.audit import TOLERANCE, NotEnumerableError, emitted_law
+from specdec.errors import InvalidArgumentError
+from specdec.evals.audit import (
+    TOLERANCE,
+    NotEnumerableError,
+    emitted_law,
+    next_scores,
+    target_law,
+)
+from specdec.evals.enumeration import Comparison
 from specdec.evals.two_sample import g_test, sample_size
 from specdec.proposers import find
 from specdec.proposers.retrieval_build import write_index
@@ -46,8 +56,11 @@ TABLES: dict[str, tuple[Table, Table]] = {
         random_table(V, order=None, seed=3, zeros=1), random_table(V, order=None, seed=4, zeros=1),
     ),
 }  # fmt: skip
+EDGES, _BESIDE = "at the edges", 0.02  # beside them where laws are cut off
 SEEDS = 64  # of path-by-path comparisons
 LEVEL, DISTANCE, POWER = 1e-3, 0.05, 0.9  # where it is sampled
+_SEEN = 100 * TOLERANCE  # where it is not
+_CERTAIN = 0.99  # a text of this mass leaves a mistake nothing to show in
 _TOGETHER = 256  # texts
 # Sizes of drafts that can be enumerated, by proposer; over the run's own options.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -76,33 +89,71 @@ class Finding:
 
 
 def exact(
-    options: dict[str, Any], *, drafts: bool, temperature: float,
+    options: dict[str, Any], *, drafts: bool, sampling: SamplingParams,
     progress: Progress = lambda items, _: iter(items),
 ) -> list[Finding]:  # fmt: skip
     """One finding per pair of tables. options: of Engine beside the models; drafts: whether a model
     drafts."""
+    small = small_sampling(sampling)
     with _small(options, drafts) as make:
         return [
-            _checked(name, target, _with_tables(make, target, draft), options, temperature)
-            for name, (target, draft) in progress(list(TABLES.items()), "exact")
+            _checked(name, target, _with_tables(make, target, draft), options, small)
+            for name, (target, draft) in progress(list(_tables(small).items()), "exact")
         ]
 
 
 def planted(
-    options: dict[str, Any], *, drafts: bool, temperature: float,
+    options: dict[str, Any], *, drafts: bool, sampling: SamplingParams,
     progress: Progress = lambda items, _: iter(items),
 ) -> list[Finding]:  # fmt: skip
-    """Mistakes put into the same code, one at a time; a finding passes where it was seen."""
+    """Mistakes put into the same code, one at a time; a finding passes where it was seen on some
+    table. Raises InvalidArgumentError where none could show: one token has all the mass."""
     found = []
+    small = small_sampling(sampling)
     with _small(options, drafts) as make:
-        target, draft = TABLES["generic"]
-        sound = _with_tables(make, target, draft)
-        is_sampled = bool(_names(options) & _SAMPLED)
-        faults = _faults(sound(None), temperature, is_sampled)
-        for name, fault in progress(list(faults.items()), "planted"):
-            result = _checked(name, target, fault(sound), options, temperature, tokens=2)
+        tables = _tables(small)
+        makes = {name: _with_tables(make, *pair) for name, pair in tables.items()}
+        engine, is_sampled = next(iter(makes.values()))(None), bool(_names(options) & _SAMPLED)
+        faults = _faults(engine, small, is_sampled, tables, _prompt(options))
+        for name, (fault, where) in progress(list(faults.items()), "planted"):
+            # a mistake need not show on every table, nor at once
+            for tokens, table in itertools.product((2, TOKENS), where):
+                result = _checked(
+                    name, tables[table][0], fault(makes[table]), options, small, tokens=tokens
+                )
+                if not result.passed:
+                    break
             found.append(replace(result, passed=not result.passed))
     return found
+
+
+def _tables(sampling: SamplingParams) -> dict[str, tuple[Table, Table]]:
+    if not _cuts(sampling):
+        return TABLES
+    return {**TABLES, EDGES: (_at_edges(sampling, 5), _at_edges(sampling, 6))}
+
+
+def _at_edges(sampling: SamplingParams, seed: int) -> Table:
+    """Laws a little to either side of where top_p or min_p cuts off; with third tokens of all sizes
+    where neither does."""
+    edges = [name for name in ("top_p", "min_p") if getattr(sampling, name) not in (0, 1)]
+
+    def table(context: tuple[int, ...]) -> list[float]:
+        rng = np.random.default_rng([seed, len(context), *context])
+        second, side = rng.uniform(0.6, 1), 1 + _BESIDE * rng.choice([-1, 1])
+        third = second * 0.9 * 10 ** rng.uniform(-2.5, 0)
+        edge = edges[rng.integers(len(edges))] if edges else ""
+        if edge == "min_p":
+            third = min(sampling.min_p * side, 0.95 * second)
+        elif edge and sampling.top_p > 2 / 3:  # the third token's own share is at the edge
+            left = (1 - sampling.top_p) * side
+            third = min(left * (1 + second) / (1 - left), 0.95 * second)
+        elif edge:  # the first's
+            second, third = (share * (1 / (sampling.top_p * side) - 1) for share in (0.55, 0.45))
+        masses = np.array([1.0, second, third])[rng.permutation(V)] ** sampling.temperature
+        return [float(mass) for mass in masses / masses.sum()]
+
+    return table
 
 
 def _with_tables(make: Callable[..., Engine], target: Table, draft: Table) -> Make:
@@ -110,73 +161,88 @@ def _with_tables(make: Callable[..., Engine], target: Table, draft: Table) -> Ma
 
 
 def _checked(
-    name: str, target: Table, make: Make, options: dict[str, Any], temperature: float, *,
+    name: str, target: Table, make: Make, options: dict[str, Any], sampling: SamplingParams, *,
     tokens: int = TOKENS,
 ) -> Finding:  # fmt: skip
     began = time.perf_counter()
-    if _is_path_by_path(make(None), temperature):
-        differ = _differing(make, target, temperature)
+    if _is_path_by_path(make(None), sampling):
+        differ = _differing(make, target, sampling)
         note = f"{SEEDS - differ} of {SEEDS} texts are plain decoding's"
         return Finding(name, differ == 0, note, {"texts": SEEDS, "differ": differ})
     prompt = _prompt(options)
     try:
         if make(None).proposer is not None and _names(options) & _SAMPLED:
             raise NotEnumerableError("its times are continuous")
-        law = emitted_law(
-            make, target, prompt, tokens=tokens, new_tokens=TOKENS, temperature=temperature
-        )
+        law = emitted_law(make, target, prompt, tokens=tokens, new_tokens=TOKENS, sampling=sampling)
     except NotEnumerableError as reason:
-        return _sampled(name, make, target, prompt, temperature, str(reason))
+        return _sampled(name, make, target, prompt, sampling, str(reason))
     details = {
         "texts": len(law.ours), "error": float(law.error), "tolerance": TOLERANCE,
         "total_variation": law.total_variation, "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
     note = f"largest error {law.error:.1g} of {len(law.target)} texts"
+    if _cuts(sampling):
+        whole = target_law(target, prompt, tokens, _uncut(sampling))
+        details["cut_off"] = sum(p for text, p in whole.items() if text not in law.target)
+        note += f", {details['cut_off']:.1%} cut off"
     return Finding(name, bool(law.error < TOLERANCE), note, details)
 
 
 def _sampled(
-    name: str, make: Make, target: Table, prompt: Sequence[int], temperature: float, reason: str
-) -> Finding:
-    """Where outcomes cannot be enumerated."""
+    name: str, make: Make, target: Table, prompt: Sequence[int], sampling: SamplingParams,
+    reason: str,
+) -> Finding:  # fmt: skip
+    """Where outcomes cannot be enumerated: texts beside as many from the law itself."""
     size = sample_size(DISTANCE, POWER, LEVEL, V**TOKENS - 1)
-    params = SamplingParams(max_new_tokens=TOKENS, temperature=temperature)
-    samples = []
-    for seed, engine in enumerate((make(None), _plain(target))):
-        counts = Counter[tuple[int, ...]]()
-        for begin in range(0, size, _TOGETHER):
-            n, its = min(_TOGETHER, size - begin), derive_seed(seed, begin, 0)
-            engine.add_request(prompt, params, n=n, seed=its)
-            counts.update(out.token_ids for out in engine)
-        samples.append(counts)
-    answer = g_test([(samples[0], samples[1])], cells=V**TOKENS)
+    params = replace(sampling, max_new_tokens=TOKENS)
+    engine, ours = make(None), Counter[tuple[int, ...]]()
+    for begin in range(0, size, _TOGETHER):
+        n, its = min(_TOGETHER, size - begin), derive_seed(0, begin, 0)
+        engine.add_request(prompt, params, n=n, seed=its)
+        ours.update(out.token_ids for out in engine)
+    law = target_law(target, prompt, TOKENS, params)
+    drawn = np.random.default_rng(1).multinomial(size, list(law.values())).tolist()
+    theirs = Counter({text: n for text, n in zip(law, drawn, strict=True) if n})
+    answer = g_test([(ours, theirs)], cells=V**TOKENS)
     note = f"p = {answer.p_value:.2g} of {size} texts, sampled: {reason}"
     details = {"p_value": answer.p_value, "level": LEVEL, "texts": size, "sampled": reason}
     return Finding(name, answer.p_value >= LEVEL, note, details)
 
 
-def _is_path_by_path(engine: Engine, temperature: float) -> bool:
-    return temperature == 0 or engine.verifier.rule == "gumbel"
+def _is_path_by_path(engine: Engine, sampling: SamplingParams) -> bool:
+    return sampling.temperature == 0 or engine.verifier.rule == "gumbel"
 
 
-def _differing(make: Make, target: Table, temperature: float) -> int:
+def _differing(make: Make, target: Table, sampling: SamplingParams) -> int:
     """Seeds whose text is not plain decoding's; at temperature 0 prompts take their place."""
-    texts = []
-    params = SamplingParams(max_new_tokens=6, temperature=temperature)
-    for engine in (make(None), _plain(target)):
-        for seed in range(SEEDS):
-            prompt = [*_digits(seed), *PROMPT] if temperature == 0 else list(PROMPT)
-            engine.add_request(prompt, params, seed=seed, request_id=str(seed))
-        texts.append({out.id: out.token_ids for out in engine})
-    return sum(texts[0][name] != texts[1][name] for name in texts[0])
+    engine, greedy = make(None), sampling.temperature == 0
+    params = replace(sampling, max_new_tokens=2 * TOKENS)
+    prompts = [[*_digits(seed), *PROMPT] if greedy else list(PROMPT) for seed in range(SEEDS)]
+    for seed, prompt in enumerate(prompts):
+        engine.add_request(prompt, params, seed=seed, request_id=str(seed))
+    ours = {int(out.id): out.token_ids for out in engine}
+    return sum(
+        ours[seed] != _plain_text(target, prompt, params, None if greedy else seed)
+        for seed, prompt in enumerate(prompts)
+    )
+
+
+def _plain_text(
+    target: Table, prompt: Sequence[int], params: SamplingParams, seed: int | None
+) -> tuple[int, ...]:
+    """By definition: the best score at each position, with the noise of a seed."""
+    text: tuple[int, ...] = ()
+    for position in range(len(prompt), len(prompt) + params.max_new_tokens):
+        scores = next_scores(target, prompt, text, params)
+        if seed is not None:
+            noise = PhiloxNoise().gumbel([seed], [position], V, scores.device)
+            scores = scores.log_softmax(-1) + noise[0]
+        text = (*text, int(scores.argmax()))
+    return text
 
 
 def _digits(number: int) -> list[int]:
     return [number // V**i % V for i in range(4)]
-
-
-def _plain(target: Table) -> Engine:
-    return Engine(TableRunner(target, V), kv_memory=1 << 22, grow=True)
 
 
 # the run's settings, made small
@@ -195,6 +261,40 @@ def _small(options: dict[str, Any], drafts: bool) -> Iterator[Callable[..., Engi
             return Engine(runner, draft=its, noise=noise, kv_memory=1 << 22, grow=True, **small)
 
         yield make
+
+
+def small_sampling(sampling: SamplingParams) -> SamplingParams:
+    """The same law over three tokens: what is counted in tokens is cut to leave something to draw,
+    tokens that are named become some of the three, and no text ends early. Further processors are
+    kept where they run on so few tokens."""
+    bias = {token % V: value for token, value in (sampling.logit_bias or {}).items()}
+    words = [[token % V for token in word] for word in sampling.bad_words_ids]
+    return replace(
+        sampling, max_new_tokens=TOKENS, top_k=min(sampling.top_k, V - 1), eos_token_ids=(),
+        min_new_tokens=0, logit_bias=bias or None, bad_words_ids=words[:1],
+        no_repeat_ngram_size=max(sampling.no_repeat_ngram_size, TOKENS)
+        if sampling.no_repeat_ngram_size else 0,
+        processors=LogitsProcessorList(filter(_runs_small, sampling.processors or ())),
+    )  # fmt: skip
+
+
+def _runs_small(processor: Any) -> bool:
+    try:
+        scores = processor(torch.tensor([PROMPT]), torch.zeros(1, V))
+    except (IndexError, KeyError, RuntimeError, ValueError):
+        return False
+    return bool(scores.shape == (1, V) and scores.isfinite().any())
+
+
+def _cuts(sampling: SamplingParams) -> bool:
+    """Whether it takes the mass of unlikely tokens away."""
+    return _uncut(sampling) != sampling and sampling.temperature > 0
+
+
+def _uncut(sampling: SamplingParams) -> SamplingParams:
+    return replace(
+        sampling, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0
+    )
 
 
 def small_options(options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -273,26 +373,68 @@ def needs_draft(options: dict[str, Any]) -> bool:
 Fault = Callable[[Make], Make]
 
 
-def _faults(engine: Engine, temperature: float, is_sampled: bool) -> dict[str, Fault]:
-    """Those that matter to this engine; large enough for samples where nothing is exact."""
-    if temperature == 0:
-        return {"every fourth pass takes the runner-up": _runner_up}
-    heat = 2.0 if is_sampled else 1.1
-    found: dict[str, Fault] = {f"a target {heat:g} times as hot": _hotter_target(heat)}
-    if engine.verifier.rule == "gumbel":
-        return {**found, "noise of another seed": _noisy(_OtherSeed)}
-    found["every step reads the same noise"] = _noisy(_SameNoise)
-    if engine.proposer is not None and engine.proposer.law == "sampled":
-        found["laws that tokens were not drawn from"] = _hotter_draft
+def _faults(
+    engine: Engine, sampling: SamplingParams, is_sampled: bool,
+    tables: dict[str, tuple[Table, Table]], prompt: Sequence[int],
+) -> dict[str, tuple[Fault, list[str]]]:  # fmt: skip
+    """Those that matter to this engine, and the tables that they can show on; large enough for
+    samples where nothing is exact."""
+    if sampling.temperature == 0:
+        return {"every fourth pass takes the runner-up": (_runner_up, list(TABLES)[:1])}
+    is_coupled = engine.verifier.rule == "gumbel"
+    heat, coldness = (3.0, 0.3) if is_sampled or is_coupled else (1.1, 0.8)
+    least = 2 * DISTANCE if is_sampled or is_coupled else _SEEN
+    laws = {name: target_law(pair[0], prompt, TOKENS, sampling) for name, pair in tables.items()}
+    found: dict[str, tuple[Fault, list[str]]] = {}
+    for name, params in _wrong_laws(sampling, heat).items():
+        its = {n: target_law(pair[0], prompt, TOKENS, params) for n, pair in tables.items()}
+        # where both say the same it is no mistake
+        far = [n for n in laws if Comparison(its[n], laws[n]).total_variation > least]
+        if far:
+            found[name] = _sampling_as(params), far
+    open_ = [name for name, law in laws.items() if max(law.values()) < _CERTAIN]
+    if open_ and is_coupled:
+        found["noise of another seed"] = _noisy(_OtherSeed), open_
+    elif open_:
+        found["every step reads the same noise"] = _noisy(_SameNoise), open_
+        if engine.proposer is not None and engine.proposer.law == "sampled":
+            found["laws that tokens were not drawn from"] = _hotter_draft(coldness), open_
+    if not found:
+        raise InvalidArgumentError(
+            "nothing to audit: with these settings one token has all the mass; expected a larger "
+            "top_k or top_p, a smaller min_p, or temperature 0"
+        )
     return found
 
 
-def _hotter_target(heat: float) -> Fault:
+def _wrong_laws(sampling: SamplingParams, heat: float) -> dict[str, SamplingParams]:
+    return {
+        f"a target {heat:g} times as hot": replace(
+            sampling, temperature=sampling.temperature * heat
+        ),
+        "unlikely tokens are not cut off": _uncut(sampling),
+        "tokens are cut off before the temperature": _early(sampling),
+    }
+
+
+def _early(sampling: SamplingParams) -> SamplingParams:
+    """Truncation as if the temperature came behind it."""
+    warm = replace(sampling, temperature=1.0).law().processors
+    cold = [*warm, TemperatureLogitsWarper(float(sampling.temperature))]
+    plain = SamplingParams(sampling.max_new_tokens)
+    return replace(plain, processors=LogitsProcessorList(cold)) if _cuts(sampling) else sampling
+
+
+def _sampling_as(params: SamplingParams) -> Fault:
     def fault(make: Make) -> Make:
         def wrong(noise: Noise | None) -> Engine:
             engine = make(noise)
-            score = engine.target.score
-            engine.target.score = lambda rows: score(rows) / heat  # type: ignore[method-assign]
+            add = engine.add_request
+
+            def other(prompt: Any, asked: SamplingParams, **more: Any) -> str:
+                return add(prompt, replace(params, max_new_tokens=asked.max_new_tokens), **more)
+
+            engine.add_request = other  # type: ignore[method-assign]
             return engine
 
         return wrong
@@ -315,27 +457,30 @@ def _runner_up(make: Make) -> Make:
     return wrong
 
 
-def _hotter_draft(make: Make) -> Make:
+def _hotter_draft(coldness: float) -> Fault:
     """Contract C2 broken: what is compared is not what was drawn from."""
 
-    def wrong(noise: Noise | None) -> Engine:
-        engine = make(noise)
-        assert engine.proposer is not None
-        propose = engine.proposer.propose
+    def fault(make: Make) -> Make:
+        def wrong(noise: Noise | None) -> Engine:
+            engine = make(noise)
+            assert engine.proposer is not None
+            propose = engine.proposer.propose
 
-        def hotter(*arguments: Any) -> list[TokenTree]:
-            return [_heated(tree) for tree in propose(*arguments)]
+            def hotter(*arguments: Any) -> list[TokenTree]:
+                return [_heated(tree, coldness) for tree in propose(*arguments)]
 
-        engine.proposer.propose = hotter  # type: ignore[method-assign, assignment]
-        return engine
+            engine.proposer.propose = hotter  # type: ignore[method-assign, assignment]
+            return engine
 
-    return wrong
+        return wrong
+
+    return fault
 
 
-def _heated(tree: TokenTree) -> TokenTree:
+def _heated(tree: TokenTree, coldness: float = 0.8) -> TokenTree:
     if tree.laws is None:
         return tree
-    laws = tree.laws.pow(0.8)
+    laws = tree.laws.pow(coldness)
     return replace(tree, laws=laws / laws.sum(-1, keepdim=True))
 
 

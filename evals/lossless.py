@@ -170,7 +170,7 @@ class Auditor:
 
     def _exact(self) -> list[Finding]:
         return exact.exact(
-            self.options, drafts=self.draft is not None, temperature=self.sampling.temperature,
+            self.options, drafts=self.draft is not None, sampling=self.sampling,
             progress=self.progress,
         )  # fmt: skip
 
@@ -301,12 +301,11 @@ class Auditor:
     # mistakes
 
     def _planted(self) -> list[Finding]:
-        temperature = self.sampling.temperature
         found = exact.planted(
-            self.options, drafts=self.draft is not None, temperature=temperature,
+            self.options, drafts=self.draft is not None, sampling=self.sampling,
             progress=self.progress,
         )  # fmt: skip
-        return [*found, *([] if temperature == 0 else self._planted_samples())]
+        return [*found, *([] if self.sampling.temperature == 0 else self._planted_samples())]
 
     def _planted_samples(self) -> list[Finding]:
         """The real pair with a target twice as hot, and the samples with a bias of known size."""

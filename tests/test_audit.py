@@ -154,7 +154,9 @@ def test_draft_that_has_forgotten_pages(name: str) -> None:
 @pytest.mark.parametrize("name", ["draft", "tree", "ngram"])
 def test_law_at_another_temperature(name: str, temperature: float) -> None:
     options = OPTIONS.get(name, {"num_draft_tokens": 2})
-    assert audited(name, options, temperature=temperature).error < TOLERANCE
+    assert (
+        audited(name, options, sampling=SamplingParams(temperature=temperature)).error < TOLERANCE
+    )
 
 
 def test_longer_chain_over_more_steps() -> None:
