@@ -117,12 +117,13 @@ def planted(
         faults = _faults(engine, small, is_sampled, tables, _prompt(options))
         for name, (fault, where) in progress(list(faults.items()), "planted"):
             # a mistake need not show on every table, nor at once
-            for tokens, table in itertools.product((2, TOKENS), where):
-                result = _checked(
-                    name, tables[table][0], fault(makes[table]), options, small, tokens=tokens
-                )
-                if not result.passed:
-                    break
+            tries = (
+                _checked(name, tables[t][0], fault(makes[t]), options, small, tokens=tokens)
+                for tokens, t in itertools.product((2, TOKENS), where)
+            )
+            result = next(tries)
+            while result.passed and (further := next(tries, None)):
+                result = further
             found.append(replace(result, passed=not result.passed))
     return found
 
@@ -434,7 +435,7 @@ def _sampling_as(params: SamplingParams) -> Fault:
             def other(prompt: Any, asked: SamplingParams, **more: Any) -> str:
                 return add(prompt, replace(params, max_new_tokens=asked.max_new_tokens), **more)
 
-            engine.add_request = other  # type: ignore[method-assign]
+            engine.add_request = other  # type: ignore[method-assign, assignment]
             return engine
 
         return wrong

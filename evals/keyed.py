@@ -94,18 +94,25 @@ class RekeyedNoise(Noise):
         self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device,
         copies: int = 1,
     ) -> StepNoise:  # fmt: skip
-        assert len(positions) == copies == 1
         columns: dict[str, list[torch.Tensor]] = defaultdict(list)
+        each = torch.arange(len(positions))
         for purpose, row in itertools.product(PURPOSES, range(rows)):
-            at, place = self._keys.get(purpose, _unchanged)(positions[0], row)
-            found = self._philox.step(seeds, [at], place + 1, device)
-            columns[purpose].append(getattr(found, purpose)[:, place])
+            key = self._keys.get(purpose, _unchanged)
+            at, places = zip(*(key(position, row) for position in positions), strict=True)
+            found = self._philox.step(seeds, at, max(places) + 1, device, copies)
+            columns[purpose].append(getattr(found, purpose)[each, list(places)])
         return StepNoise(**{purpose: torch.stack(parts, 1) for purpose, parts in columns.items()})
 
     def gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device
     ) -> torch.Tensor:
         return self._philox.gumbel(seeds, positions, vocab, device)
+
+    def draft_gumbel(
+        self, seeds: Sequence[int], positions: Sequence[int], rows: Sequence[int], vocab: int,
+        device: torch.device,
+    ) -> torch.Tensor:  # fmt: skip
+        return self._philox.draft_gumbel(seeds, positions, rows, vocab, device)
 
 
 def _unchanged(position: int, row: int) -> tuple[int, int]:

@@ -85,21 +85,26 @@ def mistakes() -> list[Mistake]:
 
 
 def _variant(fault: Variant) -> Mistake:
-    def law(seed: int) -> Comparison:
-        tables = make_tables(fault.tables, seed).as_floats()
-        return compare(fault.verify, fault.grow, fault.shape, tables)
-
-    return Mistake(fault.name, law, 20)
+    return Mistake(fault.name, law_of(fault), 20)
 
 
 def _keyed(fault: KeyFault) -> Mistake:
+    return Mistake(f"{fault.rule}: {fault.name}", law_of(fault), 4)
+
+
+def law_of(fault: Variant | KeyFault) -> Callable[[int], Comparison]:
+    """Of its text and the target's, by seed of the tables."""
+
     def law(seed: int) -> Comparison:
+        if isinstance(fault, Variant):
+            tables = make_tables(fault.tables, seed).as_floats()
+            return compare(fault.verify, fault.grow, fault.shape, tables)
         return compare_keyed(
             RekeyedNoise(fault.keys), rule(fault.rule), DRAFTS[fault.draft], fault.shape,
             make_tables("generic", seed),
         )  # fmt: skip
 
-    return Mistake(f"{fault.rule}: {fault.name}", law, 4)
+    return law
 
 
 def most_biased(mistake: Mistake, seeds: int) -> tuple[int, Joint, Joint]:
