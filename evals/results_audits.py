@@ -96,3 +96,56 @@ def verify_power(files: Files) -> Lines:
             for name, null in raw["null"].items()
         ),
     ]
+
+
+def verify_pair(files: Files) -> Lines:
+    lines = [
+        "`specdec verify` on the built-in pair: is it lossless, and could the audit have failed?",
+    ]
+    for name, raw in files.items():
+        its = raw["settings"]
+        lines += [
+            "",
+            f"### {name.removesuffix('.json')}",
+            "",
+            f"`--draft {its['draft']['name']} --target {its['target']['name']}` in "
+            f"{its['target']['dtype']}, rule {its['verification']}, {its['num_draft_tokens']} "
+            f"drafted tokens, temperature {its['temperature']:g}; texts of "
+            f"{its['sampled_tokens']} tokens behind {its['sampled_context'] or 'all'} tokens of "
+            f"{its['sampled_prompts']} prompts; `--detect-tv {its['detect_tv']:g}`.",
+            "",
+            raw["verdict"].split(" | ")[0].capitalize() + ".",
+            "",
+            *table(
+                ["part", "check", "passed", "what came out"],
+                [
+                    [part, finding["name"], "yes" if finding["passed"] else "NO", finding["note"]]
+                    for part, content in raw["parts"].items()
+                    for finding in content["findings"]
+                ],
+            ),
+        ]
+    return lines
+
+
+def planted_power(files: Files) -> Lines:
+    [raw] = files.values()
+    rows = [
+        [
+            found["name"] + (" (sound)" if found["sound"] else ""),
+            f"{found['total_variation']:.4f}",
+            "refused by the engine" if "refused" in found else f"{found['p_value']:.2g}",
+            "caught" if found["caught"] else "not caught",
+        ]
+        for found in raw["faults"]
+    ]
+    return [
+        "The same test on texts that the production engine samples with a mistake planted in it,",
+        f"{raw['faults'][0]['texts']} on each side, as `specdec verify --detect-tv "
+        f"{raw['detect_tv']:g}` would: {raw['caught_above']} of {raw['faults_above']} mistakes",
+        f"above {raw['above']:g} caught. Sound ones go through the same machinery and are not to",
+        "be caught. The total variation is that of whole steps, enumerated.",
+        "`python -m specdec.evals.planted_power`.",
+        "",
+        *table(["mistake", "total variation", "p-value", "verdict"], rows),
+    ]

@@ -15,7 +15,9 @@ from specdec.evals.results_audits import (
     estimators,
     exact_matrix,
     mutation,
+    planted_power,
     predicted_speed,
+    verify_pair,
     verify_power,
 )
 from specdec.evals.results_kernels import attention_traffic, gpu_bench, kernel_compile
@@ -385,6 +387,8 @@ SECTIONS: list[Section] = [
     Section("Exactness of the rules", "exact_matrix.json", exact_matrix),
     Section("Mutation check", "mutation.json", mutation),
     Section("What a lossless audit sees", "verify_power.json", verify_power),
+    Section("Mistakes planted in the engine", "planted_power.json", planted_power),
+    Section("The built-in pair, audited", "verify_pair*.json", verify_pair),
     Section("Intervals against the truth", "estimators.json", estimators),
     Section("Predicted and measured speed", "predicted_speed.json", predicted_speed),
     Section("Bytes of tree attention", "attention_traffic.json", attention_traffic),
@@ -404,5 +408,5 @@ SECTIONS: list[Section] = [
 # Patterns of runs that need not be there.
 OPTIONAL = {
     "bench_*.json", "verify_power.json", "estimators.json", "predicted_speed.json",
-    "optimal_trees.json",
+    "optimal_trees.json", "planted_power.json",
 }  # fmt: skip

@@ -183,7 +183,7 @@ class PhiloxNoise(Noise):
         self, seeds: tuple[int, ...], positions: tuple[int, ...], rows: int, copies: int,
         device: torch.device,
     ) -> StepNoise:  # fmt: skip
-        if rows <= _AHEAD_ROWS:
+        if rows <= _AHEAD_ROWS and len(seeds) <= _AHEAD_SEEDS:
             where = zip(seeds, positions, strict=True)
             ahead = [self._ahead(s, p // _AHEAD, rows)[:, p % _AHEAD] for s, p in where]
             uniforms = np.stack(ahead, axis=1)
@@ -240,8 +240,9 @@ def _gumbel_rows(
     return noise
 
 
-# Sixteen positions cost numpy what one does: thirty calls on a few numbers each.
-_AHEAD, _AHEAD_ROWS = 16, 32
+# Sixteen positions cost numpy what one does: thirty calls on a few numbers each; so do many
+# requests, of which each has numbers of its own.
+_AHEAD, _AHEAD_ROWS, _AHEAD_SEEDS = 16, 32, 8
 
 
 def _uniforms_ahead(seed: int, block: int, rows: int) -> NDArray[np.float32]:

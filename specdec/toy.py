@@ -328,7 +328,7 @@ class _Slots:
         return _Slots(group.add_model(model, [LayerShape(1, 1, 1, torch.int64)]))
 
     def read(self, table: BlockTable, slots: range) -> tuple[list[int], list[int]]:
-        flat = self._tensor([table.flat(slot) for slot in slots])
+        flat = self._flat(table, slots)
         both = self.memory.flat_keys[0], self.memory.flat_values[0]
         first, second = (numbers[flat, 0, 0].tolist() for numbers in both)
         return first, second
@@ -336,9 +336,14 @@ class _Slots:
     def write(
         self, table: BlockTable, begin: int, first: Sequence[int], second: Sequence[int]
     ) -> None:
-        flat = self._tensor([table.flat(begin + i) for i in range(len(first))])
+        flat = self._flat(table, range(begin, begin + len(first)))
         self.memory.flat_keys[0][flat, 0, 0] = self._tensor(first)
         self.memory.flat_values[0][flat, 0, 0] = self._tensor(second)
+
+    def _flat(self, table: BlockTable, slots: range) -> slice | Tensor:
+        if table.contiguous and slots:
+            return slice(table.flat(slots[0]), table.flat(slots[-1]) + 1)
+        return self._tensor([table.flat(slot) for slot in slots])
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.memory.device)

@@ -119,6 +119,12 @@ def test_audits_of_the_evaluation_become_tables() -> None:
         "verify_power": {"detect_tv": 0.01, "above": 0.02, "always_caught_above": 1,
                          "faults_above": 1, "null": {"laws": null}, "faults": [
             {"name": "walk: x", "total_variation": 0.1, "caught": 20, "runs": 20}]},
+        "planted_power": {"detect_tv": 0.01, "above": 0.02, "caught_above": 2, "faults_above": 2,
+                          "faults": [
+            {"name": "walk: x", "sound": False, "texts": 9, "total_variation": 0.1,
+             "refused": "no law", "caught": True},
+            {"name": "walk: y", "sound": True, "texts": 9, "total_variation": 0.0,
+             "p_value": 0.5, "caught": False}]},
         "optimal_trees": {"prompts": 4, "samples": 2, "new_tokens": 8, "settings": {"sampled": {
             "sizes": [{"nodes": 8, "predicted": 2.5, "predicted_over_measured": 1.25,
                        "optimal_tree_over_chain": 1.5, "contenders": {
@@ -129,6 +135,7 @@ def test_audits_of_the_evaluation_become_tables() -> None:
         "estimators": "| 1,1 token | 2 | 95.0% | 98.0% |",
         "predicted_speed": "| draft 2 | 1.50 | 1.40 | +7.1% | 2.25 |",
         "verify_power": "| walk: x | 0.1000 | 20 of 20 |",
+        "planted_power": "| walk: x | 0.1000 | refused by the engine | caught |",
         "optimal_trees": "| sampled, 8 nodes | 2.50 | 2.00 ± 0.10 | 1.25 | 1.75 ± 0.25 | 1.50 |  |",
     }
     for section in SECTIONS:
@@ -136,6 +143,17 @@ def test_audits_of_the_evaluation_become_tables() -> None:
         if name in files:
             assert rows.pop(name) in section.make({section.pattern: files[name]})
     assert rows == {}
+
+
+def test_a_failed_audit_is_shown_as_one(results: Path) -> None:
+    path = results / "verify_pair.json"
+    raw = json.loads(path.read_text())
+    raw["verdict"] = "NOT LOSSLESS | sampled: two samples: p = 0"
+    raw["parts"]["sampled"]["findings"][0]["passed"] = False
+    path.write_text(json.dumps(raw))
+    text = page(results)
+    assert "\nNot lossless.\n" in text
+    assert "| sampled | two samples | NO |" in text
 
 
 def test_without_a_gpu_the_page_says_so(results: Path) -> None:
