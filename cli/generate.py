@@ -22,7 +22,7 @@ from specdec.cli.models import (
     load_model,
     load_tokenizer,
 )
-from specdec.engine import Engine, fresh_seed
+from specdec.engine import PAGE_SIZE, Engine, fresh_seed
 from specdec.errors import InvalidArgumentError, SpecDecError
 from specdec.hf import stop_check
 from specdec.rng import derive_seed
@@ -159,6 +159,13 @@ class _Output:
     help="Draft a tree: children of each token, level by level.  [default: a chain]",
 )
 @click.option(
+    "--draft-window",
+    type=click.IntRange(min=PAGE_SIZE),
+    metavar="N",
+    default=None,
+    help="The draft sees the last N tokens and the first few.  [default: all]",
+)
+@click.option(
     "--proposer",
     type=click.Choice(proposers.names()),
     default=None,
@@ -195,8 +202,9 @@ def generate(
     prompt: str | None, prompt_file: str | None, target: str, draft: str | None,
     no_speculation: bool, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
     min_p: float, seed: int | None, stop: tuple[str, ...], num_draft_tokens: Any,
-    tree: tuple[int, ...] | None, proposer: str | None, verification: str, lossy: bool, dtype: str,
-    device: str | None, batch: int | None, chat: bool, as_json: bool,
+    tree: tuple[int, ...] | None, draft_window: int | None, proposer: str | None,
+    verification: str, lossy: bool, dtype: str, device: str | None, batch: int | None,
+    chat: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text from PROMPT, --prompt-file or standard input.
 
@@ -214,7 +222,7 @@ def generate(
         raise InvalidArgumentError(f"--chat: the tokenizer of {target!r} has no chat template")
     engine = _build_engine(
         target, draft, tokenizer, dtype, device, proposer=proposer, verification=verification,
-        lossy=lossy, num_draft_tokens=num_draft_tokens, tree=tree,
+        lossy=lossy, num_draft_tokens=num_draft_tokens, tree=tree, draft_window=draft_window,
     )  # fmt: skip
     eos = end_tokens(engine, tokenizer)
     run = _Run(

@@ -496,6 +496,17 @@ def test_random_operations_keep_pages_and_contents_intact(seed: int) -> None:
     assert refused > 0, "the limit was never reached"
 
 
+def test_group_grows_for_a_sequence_that_is_longer_than_twice_the_pool() -> None:
+    group = CacheGroup(PAGE, 64 * PAGE, CPU)
+    group.add_model("model", SHAPES)
+    first = group.open(4 * PAGE)
+    group.close(group.open(3 * PAGE))  # leaves free pages, but too few
+    group.open(20 * PAGE)
+    assert group.pool.num_pages >= 24
+    group.close(first)
+    group.check_integrity()
+
+
 # Pages dropped from the middle.
 
 

@@ -196,6 +196,13 @@ def test_num_draft_tokens_is_honoured(cli: Cli) -> None:
         assert len(stats["acceptance_by_position"]) == count
 
 
+def test_draft_window_changes_the_drafts_and_not_the_text(cli: Cli) -> None:
+    args = [PROMPT * 6, "--json", "--max-new-tokens", "60"]
+    whole, near = (json.loads(cli(*args, *more).stdout) for more in ([], ["--draft-window", "16"]))
+    assert near["outputs"] == whole["outputs"]
+    assert near["stats"]["accepted"] != whole["stats"]["accepted"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_dtype_runs(cli: Cli, dtype: str) -> None:
     result = cli(PROMPT, "--dtype", dtype, "--max-new-tokens", "4", "--json")
@@ -387,6 +394,11 @@ def test_bad_option_is_named_with_its_value_and_what_is_accepted(
             "--no-speculation: expected neither --draft nor --proposer",
         ),
         (["x", "--stop", ""], None, "--stop '': expected some text"),
+        (
+            ["x", "--draft-window", "16", "--num-draft-tokens", "17"],
+            None,
+            "draft_window=16: expected at least the 17 tokens that a step drafts",
+        ),
         (
             ["x", "--chat"],
             None,

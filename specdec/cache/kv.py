@@ -112,9 +112,8 @@ class CacheGroup:
         sinks: leading positions, rounded up to pages, that drop() leaves alone.
         """
         count = -(-slots // self.pool.page_size)
-        missing = count - self.pool.num_free
-        if missing > 0:
-            self.allocate(min(self.max_pages, max(self.pool.num_pages * 2, missing + self.used)))
+        if count > self.pool.num_free:
+            self.allocate(min(self.max_pages, max(self.pool.num_pages * 2, self.used + count)))
         page = self.pool.page_size
         sequence = CachedSequence(BlockTable(page), sinks=-(-sinks // page) * page)
         sequence.table.extend(self.pool.allocate(count))
