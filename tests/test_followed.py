@@ -21,7 +21,7 @@ def made_up(draw: random.Random, kind: str) -> TokenTree:
     else:
         parents = [draw.randrange(-1, node) for node in range(count)]
     used: dict[int, list[int]] = {}
-    tokens = []
+    tokens: list[int] = []
     for node, parent in enumerate(parents):
         left = [t for t in range(V) if t not in used.get(parent, [])]
         if not left:
