@@ -8,13 +8,13 @@ import pytest
 from click.testing import CliRunner
 
 from specdec.errors import NumericalError
-from specdec.evals import planted_power
+from specdec.evals import lossless, planted_power
 from specdec.evals.enumeration import START
 from specdec.evals.folder import RunFolder
 from specdec.evals.keyed import RekeyedNoise
 from specdec.evals.planted_engine import Grown, engine_of
 from specdec.evals.planted_power import examined, named
-from specdec.evals.wrong_rules import FAULTS, KEY_FAULTS
+from specdec.evals.wrong_rules import FAULTS, KEY_FAULTS, KeyFault, Variant
 from specdec.sampling import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +29,8 @@ def nothing() -> RunFolder:
 def test_every_mistake_has_an_engine() -> None:
     """That emits whole texts, or refuses to go on with what is no law."""
     refused = []
-    for fault in (*FAULTS, *KEY_FAULTS):
+    every: list[Variant | KeyFault] = [*FAULTS, *KEY_FAULTS]
+    for fault in every:
         engine = engine_of(fault, planted_power.SEED)
         engine.add_request([START], SamplingParams(max_new_tokens=4), n=4, seed=1)
         try:
@@ -81,7 +82,7 @@ def test_script_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.Monke
     out, run = tmp_path / "power.json", ["--run", str(tmp_path / "run"), "--texts", "64"]
     only = ["--only", "typical", "--only", "token: no fault"]
     made: list[int] = []
-    sample = planted_power.sample_texts
+    sample = lossless.sample_texts
 
     def stops(*given: Any) -> Any:
         made.append(given[-1][0])

@@ -170,7 +170,9 @@ def test_room_and_limit_are_kept_to() -> None:
     assert advance(policy, sequence, whole, room=0) == 0
 
 
-def test_choice_holds_for_a_few_steps_once_enough_was_seen() -> None:
+def test_choice_holds_for_a_few_steps_once_enough_was_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     policy, sequence = cost_policy(costs(0.001), most=6), Seq()
     policy._kinds = 1  # one situation
     chosen: list[int] = []
@@ -180,7 +182,7 @@ def test_choice_holds_for_a_few_steps_once_enough_was_seen() -> None:
         chosen.append(choose(*arguments))
         return chosen[-1]
 
-    policy._best_alone = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(policy, "_best_alone", counted)
     for _ in range(20):
         advance(policy, sequence, whole)
     assert 5 < len(chosen) < 12
