@@ -18,6 +18,7 @@ LAYERS = [
     "optimal",
     "stats",
     "costs",
+    "memory",
     "backend",
     "sampling",
     "acceptance",

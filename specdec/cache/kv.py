@@ -1,6 +1,6 @@
 """Key and value tensors of one cache group, and the slots that each model has filled."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 from specdec import backend
 from specdec.cache.pages import BlockTable, PagePool
 from specdec.errors import CacheFullError
+from specdec.memory import Arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,17 @@ class Paged:
         self.on_triton = bool(shapes) and kernels_for(shapes, device).name == "triton"
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        new = self._allocator()
         for shape in self.shapes:
             head = (num_pages, page_size, shape.kv_heads)
-            self.keys.append(torch.zeros(*head, shape.key_size, dtype=shape.dtype, device=device))
-            self.values.append(
-                torch.zeros(*head, shape.value_size, dtype=shape.dtype, device=device)
-            )
+            self.keys.append(new((*head, shape.key_size), shape.dtype))
+            self.values.append(new((*head, shape.value_size), shape.dtype))
         self._make_views()
+
+    def _allocator(self) -> Callable[[tuple[int, ...], torch.dtype], Tensor]:
+        if self.device.type == "cpu":
+            return Arena().zeros
+        return lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _make_views(self) -> None:
         self.flat_keys = [pages.flatten(0, 1) for pages in self.keys]  # (P * page, K, D)
@@ -58,11 +63,12 @@ class Paged:
 
     def grow(self, num_pages: int) -> None:
         """Enlarges every tensor to num_pages, keeping what is there."""
+        new = self._allocator()
         for tensors in (self.keys, self.values):
             for index, old in enumerate(tensors):
-                new = old.new_zeros(num_pages, *old.shape[1:])
-                new[: old.shape[0]] = old
-                tensors[index] = new
+                larger = new((num_pages, *old.shape[1:]), old.dtype)
+                larger[: old.shape[0]] = old
+                tensors[index] = larger
         self._make_views()
 
     def move(self, sources: Tensor, destinations: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from specdec.forward.jit import rows as kernels
 from specdec.forward.jit.product import make_product
 from specdec.forward.jit.vector import BYTES, Kind
+from specdec.memory import Arena
 
 COLUMNS = kernels.COLUMNS
 _CHUNK = 512  # steps of a weight block that more rows than one tile read again from the cache
@@ -99,6 +100,7 @@ def _compile(kind: Kind, gated: bool) -> Any:
 
 
 _COMPILED: dict[tuple[Kind, bool], Any] = {}
+_ARENA = Arena()
 
 
 def _function(kind: Kind, gated: bool) -> Any:
@@ -191,7 +193,8 @@ def _pack(weight: Tensor, gated: bool) -> Tensor:
     per_step = 4 // weight.element_size()
     parts = weight.chunk(2) if gated else (weight,)
     inputs, blocks = weight.shape[1], -(-parts[0].shape[0] // COLUMNS)
-    packed = weight.new_zeros(blocks, len(parts), inputs // per_step, COLUMNS, per_step)
+    shape = blocks, len(parts), inputs // per_step, COLUMNS, per_step
+    packed = _ARENA.zeros(shape, weight.dtype)
     for i, part in enumerate(parts):
         padded = part.new_zeros(blocks * COLUMNS, inputs)
         padded[: part.shape[0]] = part
