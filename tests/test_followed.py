@@ -1,6 +1,7 @@
 """Rules that follow one line, on the host: what the tensor rules decide, to the token."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,21 @@ from specdec.rng import PhiloxNoise
 from specdec.tree import TokenTree
 
 V = 4
+
+
+class Said(list[int]):
+    """What rows say. A walk that asks more often than there are rows would never end: it is stopped
+    here."""
+
+    asked = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        if isinstance(place, slice):
+            return Said(found)
+        self.asked += 1
+        assert self.asked <= len(self), "the walk goes round"
+        return found
 
 
 def made_up(draw: random.Random, kind: str) -> TokenTree:
@@ -47,7 +63,7 @@ def test_equals_the_tensor_rule(kind: str, batch_size: int) -> None:
         best = logits.argmax(-1)
         batch = TreeBatch.of(trees)
         outcome = batched.greedy(batch, best, logits)
-        lines = followed(trees, best.tolist(), have_peaks(best, logits))
+        lines = followed(trees, Said(best.tolist()), have_peaks(best, logits))
         assert len(lines) == batch_size
         for index, line in enumerate(lines):
             assert (line is not None) == bool(outcome.valid[index])
@@ -63,7 +79,7 @@ def test_equals_the_tensor_rule(kind: str, batch_size: int) -> None:
 
 def test_a_sequence_is_told_sound_as_a_whole_too() -> None:
     trees = [TokenTree.build([1], [-1]), TokenTree.build([2, 3], [-1, -1])]
-    said = [1, 4, 3, 0, 2]
+    said = Said([1, 4, 3, 0, 2])
     assert followed(trees, said, [True, True]) == [((1, 4), (0,)), ((3, 2), (1,))]
     assert followed(trees, said, [True, False]) == [((1, 4), (0,)), None]
     assert followed(trees, said, [True, True, True, True, False]) == [((1, 4), (0,)), None]
@@ -84,7 +100,7 @@ def test_said_by_gumbel_and_walk_are_what_the_rules_follow() -> None:
             (batched.said_by_gumbel(batch, p, there), batched.gumbel(batch, p, there)),
             (batched.said_by_walk(batch, p, None, coins), batched.walk(batch, p, None, coins)),
         ):
-            lines = followed(trees, said.tolist(), sound.tolist())
+            lines = followed(trees, Said(said.tolist()), sound.tolist())
             for line, tokens, count in zip(
                 lines, outcome.tokens.tolist(), outcome.accepted.tolist(), strict=True
             ):

@@ -17,6 +17,7 @@ from specdec.policy import (
     CostPolicy,
     HeuristicPolicy,
     Policy,
+    cost,
     make_policy,
 )
 from specdec.proposers import NgramProposer
@@ -354,6 +355,19 @@ def test_branches_of_a_free_draft_count_as_rows() -> None:
     policy.prepare([sequence])  # type: ignore[list-item]
     [tree] = policy.cut([sequence], [wide])  # type: ignore[list-item]
     assert len(tree) == 4
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.97, 2), (0.95, 1)])
+def test_free_draft_that_is_nearly_as_good_whole_is_not_cut(
+    monkeypatch: pytest.MonkeyPatch, share: float, kept: int
+) -> None:
+    """share: the speed of both tokens as one of the best, which is that of the first alone."""
+    monkeypatch.setattr(cost, "_GUESS", 0.5)  # 1, 1.5, 1.75 tokens from one, two, three rows
+    best = 1.5 / 1.25
+    known = StepCosts(1, 64, (0, 1, 2), (1, 2, 3), (0.0,) * 3, (1.0, 1.25, 1.75 / (share * best)))
+    policy, sequence = CostPolicy(), Seq()
+    policy.join(Copier(), lambda *_: known, unsteady)
+    assert copier_step(policy, sequence, 2, whole) == kept
 
 
 # --- the others
