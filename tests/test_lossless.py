@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from specdec import Engine, SamplingParams
@@ -312,6 +313,34 @@ def test_mistakes_get_one_line(
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_every_turn_of_a_dialogue_is_audited_behind_the_target_s_answers(
+    cli: Callable[..., Result], tmp_path: Path, target: Model, tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    turns = ["one two", "three", "stop it"]
+    path = tmp_path / "dialogue.jsonl"
+    path.write_text(json.dumps({"turns": turns}) + "\n")
+    seen: list[list[int]] = []
+    make = Auditor.__init__
+
+    def kept(self: Auditor, ours: Model, draft: Model, options: Any, rows: Any, *more: Any,
+             **named: Any) -> None:  # fmt: skip
+        seen.extend(rows)
+        make(self, ours, draft, options, rows, *more, **named)
+
+    monkeypatch.setattr(Auditor, "__init__", kept)
+    result = cli("--prompts", str(path), "--temperature", "0", "--json")
+    assert result.exit_code == 0
+    [greedy] = json.loads(result.stdout)["parts"]["greedy"]["findings"]
+    assert greedy["details"]["texts"] == 3
+    wanted = [tokenizer(turns[0])["input_ids"]]
+    for turn in turns[1:]:
+        text = target.generate(torch.tensor([wanted[-1]]), max_new_tokens=16, do_sample=False)
+        more = tokenizer("\n" + turn, add_special_tokens=False)["input_ids"]
+        wanted.append([*text[0].tolist(), *more])
+    assert seen == wanted
 
 
 def test_broken_prompts_are_named_by_line(cli: Callable[..., Result], tmp_path: Path) -> None:
