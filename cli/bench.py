@@ -10,9 +10,7 @@ from typing import Any
 import click
 import torch
 
-from specdec.acceptance import RULES
 from specdec.cli.console import remark, with_bar
-from specdec.cli.inputs import member_options
 from specdec.cli.models import (
     DTYPES,
     announced,
@@ -20,6 +18,19 @@ from specdec.cli.models import (
     load_model,
     load_tokenizer,
     tokenizer_options,
+)
+from specdec.cli.options import (
+    LOSSLESS,
+    end_tokens,
+    json_option,
+    member_option,
+    model_options,
+    named_speculations,
+    out_option,
+    prompt_options,
+    seed_option,
+    temperature_option,
+    top_options,
 )
 from specdec.errors import InvalidArgumentError
 from specdec.evals import prompts as prompt_sets
@@ -43,31 +54,16 @@ from specdec.evals.trace import TRACES, write_traces
 from specdec.sampling import SamplingParams
 
 
-def _speculations(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> tuple[Speculation, ...]:
-    del ctx, param
-    return tuple(Speculation.parse(value) for value in values)
-
-
 @click.command()
-@click.option("--target", default="big", show_default=True, help="big, a folder or a hub name.")
-@click.option(
-    "--draft", default=None,
-    help="Small model; its tokenizer may be another one.  [default: small with --target big]",
-)  # fmt: skip
+@model_options
 @click.option("--no-draft", is_flag=True, help="Compare what drafts without a model only.")
 @click.option(
-    "--proposer", "speculations", multiple=True, callback=_speculations,
+    "--proposer", "speculations", multiple=True, callback=named_speculations,
     metavar="NAME|NAME:N|tree:K1,K2,…",
     help="A row: what drafts, with a fixed length or shape where one is given; names with commas "
     "between them share one tree; may be repeated.  [default: what makes sense for the pair]",
 )  # fmt: skip
-@click.option(
-    "--proposer-option", "options", multiple=True, callback=member_options,
-    metavar="NAME.OPTION=VALUE",
-    help="An option of a proposer, such as ngram.max_ngram=3; may be repeated.",
-)  # fmt: skip
+@member_option
 @click.option("--no-transformers", is_flag=True, help="Leave transformers' own rows out.")
 @click.option(
     "--assistant-tokens", type=click.IntRange(min=1), multiple=True, metavar="N",
@@ -77,15 +73,7 @@ def _speculations(
     "--lookup-tokens", type=click.IntRange(min=1), default=10, show_default=True, metavar="N",
     help="transformers' prompt_lookup_num_tokens.",
 )  # fmt: skip
-@click.option(
-    "--prompts", "sources", multiple=True, default=("heldout_code",), show_default=True,
-    help=f"A set ({', '.join(prompt_sets.names())}), or a .jsonl or text file; may be repeated.",
-)  # fmt: skip
-@click.option("--column", default=None, help="Where the objects of a .jsonl file have their text.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=10, show_default=True,
-    help="Prompts of each set at most.",
-)  # fmt: skip
+@prompt_options(10, several=True)
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
     help="Tokens per turn at most.",
@@ -98,20 +86,16 @@ def _speculations(
     help="Whether prompts go through the tokenizer's chat template.  [default: with --spec-bench, "
     "where there is one]",
 )  # fmt: skip
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
-    help="0 is greedy decoding.",
-)  # fmt: skip
-@click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 keeps all tokens.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
+@temperature_option
+@top_options
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=3, show_default=True,
     help="How often each row continues each prompt.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
+@seed_option
 @click.option(
-    "--verification", type=click.Choice(["auto", *(n for n, r in RULES.items() if r.lossless)]),
-    default="auto", show_default=True, help="The rule of our rows.",
+    "--verification", type=click.Choice(LOSSLESS), default="auto", show_default=True,
+    help="The rule of our rows.",
 )  # fmt: skip
 @click.option(
     "--synthetic-acceptance", "acceptance", type=click.FloatRange(0, 1), default=None,
@@ -129,15 +113,10 @@ def _speculations(
     "--prompt-tokens", type=click.IntRange(min=1), default=32, show_default=True,
     help="Length of those prompts.",
 )  # fmt: skip
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="auto", show_default=True)
-@click.option("--device", default=None, help="cpu, cuda, …  [default: cuda where there is one]")
 @click.option(
     "--threads", type=click.IntRange(min=1), default=None, help="Of torch.  [default: its own]"
 )
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path),
-    help="Keep raw figures in this folder; a run that was interrupted is resumed there.",
-)  # fmt: skip
+@out_option
 @click.option(
     "--spec-bench", "answers", type=click.Path(file_okay=False, path_type=Path),
     help="Write answer files for Spec-Bench's scoring scripts into this folder.",
@@ -146,7 +125,7 @@ def _speculations(
     "--trace", "traced", is_flag=True,
     help="Keep who proposed each token of the first prompt, for specdec report; needs --out.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option()
 def bench(
     target: str, draft: str | None, no_draft: bool, speculations: tuple[Speculation, ...],
     options: dict[str, dict[str, Any]], no_transformers: bool, assistant_tokens: tuple[int, ...],
@@ -169,7 +148,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     models, names, tokenizer = _load(target, draft, no_draft, shape, dtype, where, acceptance)
-    ends = () if ignore_eos or shape else _ends(models.target, tokenizer)
+    ends = () if ignore_eos or shape else end_tokens(models.target, tokenizer)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, eos_token_ids=ends)
     dialogue: Dialogue | TokenPrompts
     if shape is not None:
@@ -302,13 +281,6 @@ def _with_tokenizer(
     if not any("retrieval" in each.members for each in speculations):
         return options
     return {**options, "retrieval": {"tokenizer": tokenizer, **options.get("retrieval", {})}}
-
-
-def _ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """End tokens: those of the model's generation config, else the tokenizer's."""
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),)
 
 
 def _defaults(

@@ -7,45 +7,42 @@ from typing import Any
 
 import click
 
-from specdec.acceptance import RULES
 from specdec.cli.console import with_bar
 from specdec.cli.dialogues import TURNS, read_contexts
-from specdec.cli.inputs import member_options
-from specdec.cli.options import Pair, end_tokens, load_pair, model_options, truncation_options
+from specdec.cli.options import (
+    LOSSLESS,
+    Pair,
+    end_tokens,
+    json_option,
+    load_pair,
+    member_option,
+    model_options,
+    named_speculations,
+    out_option,
+    prompt_options,
+    seed_option,
+    truncation_options,
+)
 from specdec.errors import InvalidArgumentError
-from specdec.evals import prompts as prompt_sets
 from specdec.evals.acceptance import Evaluation, Setting, Task
 from specdec.evals.contenders import Speculation
 from specdec.evals.folder import RunFolder
 from specdec.evals.provenance import model_facts
 from specdec.sampling import SamplingParams
 
-_LOSSLESS = [name for name, rule in RULES.items() if rule.lossless]
-
-
-def _speculations(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> tuple[Speculation, ...]:
-    del ctx, param
-    return tuple(Speculation.parse(value) for value in dict.fromkeys(values))
-
 
 @click.command("eval")
 @model_options
 @click.option(
-    "--proposer", "speculations", multiple=True, callback=_speculations,
+    "--proposer", "speculations", multiple=True, callback=named_speculations,
     default=("draft:4", "tree:2,2,1", "ngram:8"), show_default=True,
     metavar="NAME|NAME:N|tree:K1,K2,…",
     help="What drafts, with a length or shape; names with commas between them share one tree; may "
     "be repeated.",
 )  # fmt: skip
+@member_option
 @click.option(
-    "--proposer-option", "options", multiple=True, callback=member_options,
-    metavar="NAME.OPTION=VALUE",
-    help="An option of a proposer, such as ngram.max_ngram=3; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--verification", "rules", multiple=True, type=click.Choice(["auto", *_LOSSLESS]),
+    "--verification", "rules", multiple=True, type=click.Choice(LOSSLESS),
     default=("auto",), show_default=True, help="The rule that accepts; may be repeated.",
 )  # fmt: skip
 @click.option(
@@ -53,16 +50,7 @@ def _speculations(
     default=(0.0,), show_default=True, help="0 is greedy decoding; may be repeated.",
 )  # fmt: skip
 @truncation_options
-@click.option(
-    "--prompts", "sources", multiple=True, default=("heldout_code",), show_default=True,
-    help=f"A set ({', '.join(prompt_sets.names())}), or a .jsonl or text file; may be repeated. "
-    f"{TURNS}",
-)  # fmt: skip
-@click.option("--column", default=None, help="Where the objects of a .jsonl file have their text.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=20, show_default=True,
-    help="Prompts of each set at most.",
-)  # fmt: skip
+@prompt_options(20, several=True, more=TURNS)
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
     help="Tokens per prompt at most.",
@@ -79,12 +67,9 @@ def _speculations(
     "--rounds", type=click.IntRange(min=1), default=3, show_default=True,
     help="How often each of those is continued; the least time counts.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path),
-    help="Keep raw figures in this folder; a run that was interrupted is resumed there.",
-)  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@seed_option
+@out_option
+@json_option()
 def evaluate(
     target: str, draft: str | None, dtype: str, device: str | None,
     speculations: tuple[Speculation, ...], options: dict[str, dict[str, Any]],
@@ -99,6 +84,7 @@ def evaluate(
     models' laws, the draft's entropy and calibration, and what measured costs say of speed: the
     predicted beside the measured one, the best length and tree.
     """
+    speculations = tuple(dict.fromkeys(speculations))
     needs_draft = any(each.num_drafts for each in speculations)
     pair = load_pair(
         target, draft, dtype, device, no_speculation=not needs_draft, proposer=None,

@@ -17,6 +17,7 @@ from specdec.cli.options import (
     end_tokens,
     load_pair,
     model_options,
+    temperature_option,
     truncation_options,
 )
 from specdec.engine import Engine, fresh_seed
@@ -77,13 +78,7 @@ class _Output:
     show_default=True,
     help="Length of the continuation at most.",
 )
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0 is greedy decoding.",
-)
+@temperature_option
 @truncation_options
 @click.option(
     "--seed",

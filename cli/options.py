@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ import torch
 
 from specdec import proposers
 from specdec.acceptance import RULES
+from specdec.cli.inputs import member_options
 from specdec.cli.models import (
     DTYPES,
     check_device,
@@ -19,11 +21,16 @@ from specdec.cli.models import (
 )
 from specdec.engine import PAGE_SIZE, Engine
 from specdec.errors import InvalidArgumentError
+from specdec.evals import prompts as prompt_sets
+from specdec.evals.contenders import Speculation
 from specdec.policy import POLICIES
 from specdec.proposers import RetrievalProposer
 from specdec.shapes import expansion
 
 Command = Callable[..., Any]
+
+# rules of commands that look at lossless ones only
+LOSSLESS = ["auto", *(name for name, rule in RULES.items() if rule.lossless)]
 
 
 def draft_tokens(ctx: click.Context, param: click.Parameter, value: str) -> Any:
@@ -65,6 +72,14 @@ def named_values(
     return options
 
 
+def named_speculations(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[Speculation, ...]:
+    """What each names, with a length or shape."""
+    del ctx, param
+    return tuple(map(Speculation.parse, values))
+
+
 class ProposerName(click.Choice[str]):
     """A proposer by name, or several behind each other: an ensemble."""
 
@@ -83,7 +98,7 @@ def _stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
-model_options = _stacked(
+pair_options = _stacked(
     click.option(
         "--target", default="big", show_default=True,
         help="Model whose law is kept: big, a folder or a hub name.",
@@ -92,16 +107,25 @@ model_options = _stacked(
         "--draft", default=None,
         help="Small model; its tokenizer may be another one.  [default: small with --target big]",
     ),
-    click.option(
-        "--dtype", type=click.Choice(list(DTYPES)), default="auto", show_default=True,
-        help="Of the weights; auto is as stored.",
-    ),
-    click.option(
-        "--device", default=None, help="cpu, cuda, …  [default: cuda where there is one]"
-    ),
 )  # fmt: skip
 
-truncation_options = _stacked(
+dtype_option = click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="auto", show_default=True,
+    help="Of the weights; auto is as stored.",
+)  # fmt: skip
+
+model_options = _stacked(
+    pair_options,
+    dtype_option,
+    click.option("--device", default=None, help="cpu, cuda, …  [default: cuda where there is one]"),
+)
+
+temperature_option = click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="0 is greedy decoding.",
+)  # fmt: skip
+
+top_options = _stacked(
     click.option(
         "--top-k", type=click.IntRange(min=0), default=0, show_default=True,
         help="0 keeps all tokens.",
@@ -110,11 +134,61 @@ truncation_options = _stacked(
         "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
         help="Keep the likeliest tokens that have this mass.",
     ),
+)  # fmt: skip
+
+truncation_options = _stacked(
+    top_options,
     click.option(
         "--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True,
         help="Drop tokens less likely than this share of the likeliest.",
     ),
 )  # fmt: skip
+
+member_option = click.option(
+    "--proposer-option", "options", multiple=True, callback=member_options,
+    metavar="NAME.OPTION=VALUE",
+    help="An option of a proposer, such as ngram.max_ngram=3; may be repeated.",
+)  # fmt: skip
+
+
+def prompt_options(limit: int, *, several: bool, more: str = "") -> Callable[[Command], Command]:
+    """--prompts, as `sources` where several may be named, else `source`; --column and --limit.
+
+    limit: what it is unless given. more: a sentence on what is done with prompts.
+    """
+    sets = f"A set ({', '.join(prompt_sets.names())}), or a .jsonl or text file"
+    known = "heldout_code"
+    return _stacked(
+        click.option(
+            "--prompts", "sources" if several else "source", multiple=several,
+            default=(known,) if several else known, show_default=True,
+            help=f"{sets}{'; may be repeated' if several else ''}. {more}".rstrip(),
+        ),
+        click.option(
+            "--column", default=None, help="Where the objects of a .jsonl file have their text."
+        ),
+        click.option(
+            "--limit", type=click.IntRange(min=1), default=limit, show_default=True,
+            help="Prompts of each set at most." if several else "Prompts at most.",
+        ),
+    )  # fmt: skip
+
+
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True
+)
+
+out_option = click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path),
+    help="Keep raw figures in this folder; a run that was interrupted is resumed there.",
+)  # fmt: skip
+
+
+def json_option(instead_of: str = "a table") -> Callable[[Command], Command]:
+    return click.option(
+        "--json", "as_json", is_flag=True, help=f"Print JSON instead of {instead_of}."
+    )
+
 
 draft_options = _stacked(
     click.option(

@@ -8,12 +8,12 @@ import click
 
 from specdec.cli.console import with_bar
 from specdec.cli.models import (
-    DTYPES,
     check_device,
     load_model,
     load_tokenizer,
     tokenizer_options,
 )
+from specdec.cli.options import dtype_option, json_option, pair_options, temperature_option
 from specdec.errors import InvalidArgumentError
 from specdec.evals import prompts as prompt_sets
 from specdec.evals.provenance import model_facts
@@ -22,11 +22,7 @@ from specdec.sampling import SamplingParams
 
 
 @click.command()
-@click.option("--target", default="big", show_default=True, help="big, a folder or a hub name.")
-@click.option(
-    "--draft", default=None,
-    help="Small model; its tokenizer may be another one.  [default: small with --target big]",
-)  # fmt: skip
+@pair_options
 @click.option("--no-draft", is_flag=True, help="Look at what drafts without a model only.")
 @click.option(
     "--prompts", "source", default="heldout_code", show_default=True,
@@ -39,15 +35,12 @@ from specdec.sampling import SamplingParams
     "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
     help="Tokens per prompt.",
 )  # fmt: skip
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
-    help="0 is greedy decoding.",
-)  # fmt: skip
+@temperature_option
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=3, show_default=True,
     help="How often each setting continues each prompt; the least time counts.",
 )  # fmt: skip
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="auto", show_default=True)
+@dtype_option
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Save everything as JSON."
@@ -56,7 +49,7 @@ from specdec.sampling import SamplingParams
     "--plot", "picture", type=click.Path(dir_okay=False, path_type=Path),
     help="Predicted against measured gain, as .png, .svg or .pdf; needs specdec[report].",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option()
 def tune(
     target: str, draft: str | None, no_draft: bool, source: str, limit: int, max_new_tokens: int,
     temperature: float, rounds: int, dtype: str, device: str, out: Path | None,

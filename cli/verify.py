@@ -12,11 +12,14 @@ from specdec.cli.dialogues import TURNS, read_contexts
 from specdec.cli.options import (
     draft_options,
     end_tokens,
+    json_option,
     load_pair,
     model_options,
+    out_option,
+    prompt_options,
+    seed_option,
     truncation_options,
 )
-from specdec.evals import prompts as prompt_sets
 from specdec.evals.folder import RunFolder
 from specdec.evals.lossless import Audit, Auditor, Plan
 from specdec.evals.provenance import model_facts
@@ -31,14 +34,7 @@ from specdec.sampling import SamplingParams
     help="0 audits greedy decoding alone.",
 )  # fmt: skip
 @truncation_options
-@click.option(
-    "--prompts", "source", default="heldout_code", show_default=True,
-    help=f"A set ({', '.join(prompt_sets.names())}), or a .jsonl or text file. {TURNS}",
-)  # fmt: skip
-@click.option("--column", default=None, help="Where the objects of a .jsonl file have their text.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at most."
-)
+@prompt_options(8, several=False, more=TURNS)
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
     help="Length of texts that are compared token by token.",
@@ -73,12 +69,9 @@ from specdec.sampling import SamplingParams
     "--cells", type=click.IntRange(min=2), default=8, show_default=True,
     help="How many kinds of short texts are told apart behind each prompt.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path),
-    help="Keep raw figures in this folder; a run that was interrupted is resumed there.",
-)  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of one line.")
+@seed_option
+@out_option
+@json_option("one line")
 def verify(
     target: str, draft: str | None, dtype: str, device: str | None, temperature: float, top_k: int,
     top_p: float, min_p: float, source: str, column: str | None, limit: int, max_new_tokens: int,
