@@ -7,7 +7,6 @@ what token-wise verification accepts on average, without the noise of its coins 
 2023, 2211.17192, section 3.2).
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +21,7 @@ from specdec.errors import InvalidArgumentError
 from specdec.evals.estimates import Estimate, ratio
 from specdec.evals.folder import RunFolder
 from specdec.optimal import fastest_shape
+from specdec.profiling import now
 from specdec.rng import Noise, derive_seed
 from specdec.sampling import Law, Paths, SamplingParams
 from specdec.sequence import Sequence as Sample
@@ -466,14 +466,16 @@ def _padded(values: list[Any], size: int) -> list[Any]:
 def seconds_per_token(
     engine: Engine, prompt: list[int], sampling: SamplingParams, seed: int
 ) -> float:
-    """Behind the first step, which reads the prompt; of all steps where there is no other."""
+    """Behind the first step, which reads the prompt; of all steps where there is no other. By the
+    clock that costs are measured with."""
+    device = engine.target.device
     engine.add_request(prompt, sampling, seed=seed)
-    began = time.perf_counter()
+    began = now(device)
     first = len(engine.step()[0].tokens)
-    read = time.perf_counter()
+    read = now(device)
     while engine.scheduler.running:
         engine.step()
-    ended = time.perf_counter()
+    ended = now(device)
     [out] = engine.take_finished()
     rest = len(out.token_ids) - first
     return (ended - read) / rest if rest else (ended - began) / first

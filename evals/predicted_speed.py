@@ -4,12 +4,14 @@
 
 Each setting's prediction is that of `specdec eval` (evals/acceptance.py): what it accepts on the
 prompts, counted, and what its steps cost on this machine, measured apart by the profiler. Plain
-decoding and every setting continue the same prompts in turn; costs are measured anew from time to
-time, because a shared machine is not the same one all along, and the median counts.
+decoding and every setting continue the same prompts in turn; costs are measured anew for every
+prompt, because a shared machine is not the same one all along, and the median counts. Engines are
+made anew too: where its memory lies makes one quicker than its equal for as long as it lives.
 """
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,13 +30,14 @@ from specdec.rng import derive_seed
 LENGTHS = range(1, 9)
 TREES = ((2, 1), (2, 2, 1), (4, 2, 1))
 BAR = 0.1
+PLAIN = "plain"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def settings(draft: Any) -> dict[str, dict[str, Any]]:
     """Arguments of Engine by name; plain decoding first."""
     return {
-        "plain": {},
+        PLAIN: {},
         **{
             f"draft {n}": {"draft": draft, "num_draft_tokens": n, "policy": "constant"}
             for n in LENGTHS
@@ -46,9 +49,11 @@ def settings(draft: Any) -> dict[str, dict[str, Any]]:
 class Prediction:
     """One setting's: its counts, and a forecast from each measurement of what its steps cost."""
 
-    def __init__(self, engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> None:
-        self._engine, self._sampling = engine, sampling
-        recorder = Recorder(engine)
+    def __init__(
+        self, make: Callable[[], Engine], prompts: list[list[int]], sampling: SamplingParams
+    ) -> None:
+        self._make, self._sampling = make, sampling
+        recorder = Recorder(make())
         self._tallies: list[Tally] = []
         for number, prompt in enumerate(prompts):
             self._tallies += recorder.run([prompt], sampling, [derive_seed(0, number, 0)])
@@ -57,7 +62,7 @@ class Prediction:
     def measure_costs(self) -> None:
         """Measures costs anew, and predicts with them."""
         depth = max(len(tally.offered) for tally in self._tallies)
-        costs = self._engine.step_costs(self._sampling, max_depth=depth, fresh=True)
+        costs = self._make().step_costs(self._sampling, max_depth=depth, fresh=True)
         self._forecasts.append(forecast(self._tallies, costs, drafts=True))
 
     def outcome(self) -> dict[str, Any]:
@@ -72,14 +77,15 @@ class Prediction:
 
 
 def race(
-    engines: dict[str, Engine], prompts: list[list[int]], sampling: SamplingParams, rounds: int,
-    before: Callable[[int], None] = lambda _: None,
+    makes: dict[str, Callable[[], Engine]], prompts: list[list[int]], sampling: SamplingParams,
+    rounds: int, before: Callable[[], None] = lambda: None,
 ) -> dict[str, list[list[float]]]:  # fmt: skip
     """Seconds per token by setting, prompt and round, behind the step that reads the prompt; every
-    prompt's first round warms up and is left out. before: called with every prompt's number."""
-    seconds: dict[str, list[list[float]]] = {name: [] for name in engines}
+    prompt's first round warms up and is left out. before: called before every prompt."""
+    seconds: dict[str, list[list[float]]] = {name: [] for name in makes}
     for number, prompt in enumerate(tqdm(prompts, desc="measured")):
-        before(number)
+        before()
+        engines = {name: make() for name, make in makes.items()}
         for times in seconds.values():
             times.append([])
         for round_ in range(rounds + 1):
@@ -97,7 +103,7 @@ def rows(
     total = {name: sum(median(times) for times in its) for name, its in seconds.items()}
     found = []
     for name, its in forecasts.items():
-        measured, guess = total["plain"] / total[name], its["predicted_speed"]
+        measured, guess = total[PLAIN] / total[name], its["predicted_speed"]
         found.append(
             {
                 "setting": name, "predicted": guess, "measured": round(measured, 4),
@@ -116,17 +122,8 @@ def rows(
 @click.option("--prompts", "count", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--tokens", type=click.IntRange(min=8), default=128, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option(
-    "--every",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help="Prompts after which costs are measured again.",
-)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
-def main(
-    out: Path, dtype: str, count: int, tokens: int, rounds: int, every: int, temperature: float
-) -> None:
+def main(out: Path, dtype: str, count: int, tokens: int, rounds: int, temperature: float) -> None:
     """Predicts, then measures, every setting."""
     torch.set_num_threads(1)
     target, draft = (
@@ -136,20 +133,21 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("big"))
     prompts = [tokenizer(p.text)["input_ids"] for p in prompt_sets.load("heldout_code")[:count]]
     sampling = SamplingParams(max_new_tokens=tokens, temperature=temperature)
-    made = settings(draft)
+    makes = {
+        name: partial(Engine, target, grow=True, **arguments)
+        for name, arguments in settings(draft).items()
+    }
     predictions = {
-        name: Prediction(Engine(target, grow=True, **arguments), prompts, sampling)
-        for name, arguments in tqdm(made.items(), desc="counted")
-        if arguments
+        name: Prediction(make, prompts, sampling)
+        for name, make in tqdm(makes.items(), desc="counted")
+        if name != PLAIN
     }
 
-    def measure_costs(number: int) -> None:
-        if number % every == 0:
-            for each in predictions.values():
-                each.measure_costs()
+    def measure_costs() -> None:
+        for each in predictions.values():
+            each.measure_costs()
 
-    engines = {name: Engine(target, grow=True, **arguments) for name, arguments in made.items()}
-    seconds = race(engines, prompts, sampling, rounds, measure_costs)
+    seconds = race(makes, prompts, sampling, rounds, measure_costs)
     found = rows({name: each.outcome() for name, each in predictions.items()}, seconds)
     worst = max(abs(row["off_by"]) for row in found)
     result = {
@@ -159,7 +157,7 @@ def main(
         "dtype": dtype, "prompts": count, "tokens": tokens, "rounds": rounds,
         "temperature": temperature, "bar": BAR, "worst": worst,
         "within_bar": all(row["within_bar"] for row in found), "rows": found,
-        "plain_seconds": seconds["plain"],
+        "plain_seconds": seconds[PLAIN],
     }  # fmt: skip
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for row in found:

@@ -28,8 +28,17 @@ _BEHIND = 32  # tokens that the draft has missed where catching up is measured
 # Outer depths first, so that a slow model is known roughly before it is known well.
 _DEPTHS = (0, 1, 4, 8, 2, 16, 3, 6, 12, 32, 24)
 _ROUNDS, _FEW_ROUNDS = 40, 3
-_RUN, _SETTLING = 6, 2  # steps of one depth on end, and those before them that do not count
+_RUN, _SETTLING = 2, 1  # steps of one depth on end, and those before them that do not count
+_DEEP, _SELDOM = 8, 4  # deeper ones, slow and rarely chosen, have their turn every few rounds
 _PATTERN = 23  # the made-up text repeats itself, so that something can be looked up in it
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was told; of one thread's own work where there is
+    only one, so that other jobs on its core do not count."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 _Step = tuple[float, float, int]  # seconds of drafting and of verification, rows per sequence
@@ -86,11 +95,7 @@ class _Bench:
                 sequence.cache.computed[model] = len(sequence.tokens) - missing
 
     def _now(self) -> float:
-        """Seconds; of one thread's own work where there is only one, so that other jobs on its core
-        do not count."""
-        if self.verifier.runner.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+        return now(self.verifier.runner.device)
 
 
 def profile(
@@ -100,9 +105,10 @@ def profile(
     """The costs of a step of `batch` sequences sampled by `law`, up to max_depth.
 
     Takes about `seconds` where single steps are quick, and a few steps where they are not. A figure
-    is the median of several rounds, which take turns; in a round each depth takes a few steps, of
-    which the first do not count, so that a step finds the processor's caches and its clock as
-    those of its own kind left them. Raises CacheFullError where no room is left for the sequences.
+    is the median of many short rounds, for a slow spell of the machine must not meet one depth
+    alone; in a round each depth takes a few steps, of which the first does not count, so that a
+    step finds the processor's caches as one of its own kind left them. Raises CacheFullError where
+    no room is left for the sequences.
     """
     grid = _grid(proposer, max_depth)
     draft: dict[int, list[float]] = {}
@@ -122,9 +128,10 @@ def profile(
         for count, depth in enumerate(grid):
             if count < 3 or time.perf_counter() - began < seconds:
                 measure(depth, 1)
-        for _ in range(_ROUNDS):
+        for round_ in range(_ROUNDS):
             for depth in list(draft):
-                if time.perf_counter() - began < seconds:
+                late = time.perf_counter() - began >= seconds
+                if not late and (depth <= _DEEP or round_ % _SELDOM == 0):
                     measure(depth)
         catch_up = _catch_up(bench) if proposer.draft_rows(1) else 0.0
     few = [d for d in (0, 4, 1) if d in draft][:2]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -84,8 +84,9 @@ class TokenTree:
         return TokenTree(tokens, chain_parents(tokens.shape[0]), laws)
 
     @staticmethod
+    @cache
     def empty(device: torch.device) -> "TokenTree":
-        """No speculation."""
+        """No speculation; the same object each time."""
         return TokenTree(torch.empty(0, dtype=torch.long, device=device), ())
 
     @staticmethod

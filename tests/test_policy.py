@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence as Items
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -341,6 +342,44 @@ def test_free_draft_is_made_first_and_then_cut() -> None:
     sequence = Seq()
     lengths = [copier_step(policy, sequence, 12, one) for _ in range(60)]
     assert sum(lengths[40:]) < 1.3 * 20  # a second token is tried at times
+
+
+def looks(steps: int, accepts: Callable[[int], int], length: int = 0) -> list[int]:
+    """The steps in which a free proposer is asked, of a sequence's first ones."""
+    policy, sequence = CostPolicy(), Seq()
+    policy.join(Copier(), lambda *_: costs(0.0), unsteady)
+    asked = []
+    for step in range(steps):
+        policy.prepare([sequence])  # type: ignore[list-item]
+        [budget] = policy.plan([sequence], [100])  # type: ignore[list-item]
+        tree = TokenTree.chain(torch.zeros(min(budget, length), dtype=torch.long))
+        trees = policy.cut([sequence], [tree])  # type: ignore[list-item]
+        policy.observe([sequence], trees, [verdict(accepts(len(trees[0])))])  # type: ignore[list-item]
+        if budget:
+            asked.append(step)
+    return asked
+
+
+def test_lookups_that_lead_to_nothing_become_rarer() -> None:
+    found = looks(120, none)
+    rests = [b - a - 1 for a, b in pairwise(found)]
+    assert rests[:25] == [0] * 15 + [1, 2, 3, 4, 5, 6, 7, 7, 7, 7]
+    assert max(rests) == 7
+
+
+def test_a_lookup_that_helped_ends_the_rests() -> None:
+    asked = iter(range(10_000))
+    found = looks(200, lambda nodes: int(nodes > 0 and next(asked) == 30), length=1)
+    rests = [b - a - 1 for a, b in pairwise(found)]
+    helped = next(i for i in range(20, len(rests)) if rests[i] == 0)
+    assert rests[helped - 1] > 0
+    assert rests[helped : helped + 15] == [0] * 15
+
+
+def test_lookups_that_help_at_times_do_not_rest() -> None:
+    asked = iter(range(10_000))
+    found = looks(90, lambda nodes: int(nodes > 0 and next(asked) % 10 == 0), length=1)
+    assert len(found) > 80
 
 
 def test_branches_of_a_free_draft_count_as_rows() -> None:

@@ -1,5 +1,6 @@
 """Predictions beside measurements: what is predicted, what is timed, and how they are compared."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,19 +25,16 @@ def test_settings_are_the_lengths_and_trees(draft: Model) -> None:
 
 def test_prediction_and_measurement(target: Model, draft: Model) -> None:
     made = {name: settings(draft)[name] for name in ("plain", "draft 2", "tree 2,1")}
+    makes = {name: partial(Engine, target, grow=True, **how) for name, how in made.items()}
     predictions = {
-        name: Prediction(Engine(target, grow=True, **arguments), [PROMPT], GREEDY)
-        for name, arguments in made.items()
-        if arguments
+        name: Prediction(makes[name], [PROMPT], GREEDY) for name in ("draft 2", "tree 2,1")
     }
-    engines = {name: Engine(target, grow=True, **arguments) for name, arguments in made.items()}
 
-    def before(number: int) -> None:
-        assert number in (0, 1)
+    def before() -> None:
         for each in predictions.values():
             each.measure_costs()
 
-    seconds = race(engines, [PROMPT, [0, 7]], GREEDY, rounds=2, before=before)
+    seconds = race(makes, [PROMPT, [0, 7]], GREEDY, rounds=2, before=before)
     assert list(seconds) == list(made)
     assert all([len(times) for times in its] == [2, 2] for its in seconds.values())
     found = rows({name: each.outcome() for name, each in predictions.items()}, seconds)

@@ -35,6 +35,9 @@ _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _CURIOSITY = 0.03
 # A free draft that is nearly as good whole is not cut: costs are known no better than that.
 _AS_GOOD = 0.96
+# After so many lookups on end that led to nothing, a sequence rests between two of them: a step,
+# then one more each time, up to so many. A lookup costs some percent of a small model's pass.
+_PATIENCE, _LONGEST_REST = 16, 7
 _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
 _HOLDS = 3  # steps for which a sequence's choice holds that decodes alone, where enough was seen
@@ -66,8 +69,18 @@ class _History:
     number: int = 0  # its number
     streak: int = 0  # what became of the last drafts, where that tells situations apart
     read: int = 0  # tokens that the draft has read
+    fruitless: int = 0  # lookups on end that led to nothing
+    rest: int = 0  # steps to come without one
     # drafts that are not in the rates yet: where, how deep, how many of them were accepted
     seen: list[tuple[_Situation, int, int]] = field(default_factory=list)
+
+    def looked_up(self, accepted: int) -> None:
+        """What became of a step of a free proposer."""
+        if self.rest:
+            self.rest -= 1
+            return
+        self.fruitless = 0 if accepted else self.fruitless + 1
+        self.rest = min(max(0, self.fruitless + 1 - _PATIENCE), _LONGEST_REST)
 
     def settle(self) -> None:
         """Takes into the rates what was seen."""
@@ -151,7 +164,11 @@ class CostPolicy(Policy):
     def plan(self, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
         assert self._proposer is not None, "join first"
         depths = [min(room, self._depth) for room in rooms]
-        if not self._proposer.free:
+        if self._proposer.free:
+            for i, sequence in enumerate(sequences):
+                if self._history(sequence).rest:
+                    depths[i] = 0
+        else:
             depths = self._choose(sequences, depths, lambda _: self._nodes)
         return [self._nodes[depth] for depth in depths]
 
@@ -199,13 +216,17 @@ class CostPolicy(Policy):
         here.holds = _HOLDS if here.rates.tries[1] >= _ENOUGH else 0
         return depth
 
-    def _find_situation(self, sequence: Sequence, most: int) -> _History:
-        """Where the sequence stands before a draft of at most this depth."""
-        assert self._proposer is not None
+    def _history(self, sequence: Sequence) -> _History:
         history = self._histories.get(sequence)
         if history is None:
             history = _History(Rates(self._depth), self._steady(sequence))
             self._histories[sequence] = history
+        return history
+
+    def _find_situation(self, sequence: Sequence, most: int) -> _History:
+        """Where the sequence stands before a draft of at most this depth."""
+        assert self._proposer is not None
+        history = self._history(sequence)
         kind = min(most.bit_length(), _LENGTHS - 1) if self._proposer.free else history.streak
         history.number = number = self._proposer.situation(sequence) * self._kinds + kind
         here = history.situations.get(number)
@@ -352,7 +373,11 @@ class CostPolicy(Policy):
     def observe(
         self, sequences: Items[Sequence], trees: Items[TokenTree], verdicts: Items[Verdict]
     ) -> None:
+        assert self._proposer is not None, "join first"
+        is_free = self._proposer.free
         for sequence, tree, verdict in zip(sequences, trees, verdicts, strict=True):
+            if is_free:
+                self._history(sequence).looked_up(verdict.accepted)
             if not len(tree):
                 continue
             history = self._histories[sequence]

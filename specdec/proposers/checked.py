@@ -29,7 +29,10 @@ def checked(
     if not isinstance(trees, list | tuple) or len(trees) != len(sequences):
         found = f"{len(trees)} of them" if isinstance(trees, list | tuple) else _kind_of(trees)
         raise _refuse(proposer, f"expected a list of {len(sequences)} trees, got {found}")
+    nothing = TokenTree.empty(device)
     for tree, sequence, budget in zip(trees, sequences, budgets, strict=True):
+        if tree is nothing:
+            continue
         if not isinstance(tree, TokenTree):
             raise _refuse(proposer, f"expected TokenTrees, got {_kind_of(tree)}")
         _check_tokens(proposer, tree, vocab_size, device)

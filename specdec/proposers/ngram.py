@@ -82,6 +82,9 @@ class NgramProposer(Proposer):
         del noise
         trees = []
         for sequence, budget in zip(sequences, budgets, strict=True):
+            if not budget:  # what was said since is read when it is needed
+                trees.append(self._empty)
+                continue
             index = self._indexes[sequence]
             index.extend(sequence.tokens)
             found = index.continuations(sequence.tokens, budget)

@@ -97,6 +97,9 @@ class SuffixProposer(Proposer):
         del noise
         trees = []
         for sequence, budget in zip(sequences, budgets, strict=True):
+            if not budget:  # what was said since is read when it is needed
+                trees.append(self._empty)
+                continue
             request = self._requests[sequence]
             request.read(sequence.tokens, self.past)
             best = self.settings.draft(request.automaton, request.automaton.open, budget)
