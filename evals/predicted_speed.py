@@ -10,7 +10,7 @@ made anew too: where its memory lies makes one quicker than its equal for as lon
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -77,7 +77,7 @@ class Prediction:
 
 
 def race(
-    makes: dict[str, Callable[[], Engine]], prompts: list[list[int]], sampling: SamplingParams,
+    makes: Mapping[str, Callable[[], Engine]], prompts: list[list[int]], sampling: SamplingParams,
     rounds: int, before: Callable[[], None] = lambda: None,
 ) -> dict[str, list[list[float]]]:  # fmt: skip
     """Seconds per token by setting, prompt and round, behind the step that reads the prompt; every
