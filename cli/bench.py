@@ -304,13 +304,18 @@ def _tasks(
     new_tokens: int,
 ) -> list[Task]:  # fmt: skip
     """The prompts that fit; says which do not."""
+    if column is not None and set(sources) <= set(prompt_sets.names()):
+        raise InvalidArgumentError(
+            f"--column {column}: expected a .jsonl file as --prompts, got {', '.join(sources)}"
+        )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tasks: list[Task] = []
     for source in sources:
-        found = prompt_sets.load(source, column=column if column and Path(source).suffix else None)
+        # sets have columns of their own, and may stand beside files
+        its_own = column if source not in prompt_sets.names() else None
+        found = prompt_sets.load(source, column=its_own)
         fitting = prompt_sets.fitting(
-            found[:limit], lambda text: len(dialogue.tokens([text], [])), context=context,
-            new_tokens=new_tokens,
+            found[:limit], dialogue.length, context=context, new_tokens=new_tokens
         )  # fmt: skip
         if fitting.note:
             remark(f"{source}: {fitting.note}")

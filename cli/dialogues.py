@@ -30,10 +30,8 @@ def read_contexts(
     dialogue = Dialogue(pair.tokenizer, chat=False)
     found = prompt_sets.load(source, column=column)[:limit]
     fitting = prompt_sets.fitting(
-        # one more for what parts a turn from the answer before it
-        found, lambda text: len(dialogue.tokens([text], [])) + 1, context=pair.context,
-        new_tokens=new_tokens,
-    )  # fmt: skip
+        found, dialogue.length, context=pair.context, new_tokens=new_tokens
+    )
     if fitting.note:
         remark(f"{source}: {fitting.note}")
     several = [prompt for prompt in fitting.kept if len(prompt.turns) > 1]

@@ -39,7 +39,8 @@ class _Group(click.Group):
         except SpecDecError as error:
             _fail(str(error), 1)
         except OSError as error:
-            _fail(error.strerror or str(error), 1)
+            named = [str(error.filename)] if error.filename is not None else []
+            _fail(": ".join([*named, error.strerror or str(error)]), 1)
         except (MemoryError, torch.OutOfMemoryError) as error:
             _fail(f"out of memory: {error}", 1)
         sys.exit(code if isinstance(code, int) else 0)

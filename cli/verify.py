@@ -20,6 +20,7 @@ from specdec.cli.options import (
     seed_option,
     truncation_options,
 )
+from specdec.errors import InvalidArgumentError
 from specdec.evals.folder import RunFolder
 from specdec.evals.lossless import Audit, Auditor, Plan
 from specdec.evals.provenance import model_facts
@@ -96,6 +97,8 @@ def verify(
     pair = load_pair(target, draft, dtype, device, **options)
     found = read_contexts(pair, source, column, limit, max_new_tokens)
     rows = [tokens for each in found for tokens in each.tokens]
+    if not rows:
+        raise InvalidArgumentError("no prompt fits the target's context")
     sampling = SamplingParams(
         max_new_tokens, temperature, top_k, top_p, min_p, end_tokens(pair.target, pair.tokenizer)
     )

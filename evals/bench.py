@@ -50,6 +50,13 @@ class Dialogue:
         )
         return list(ids)
 
+    def length(self, turn: str) -> int:
+        """Tokens that a turn adds, first or behind an answer, whichever is more."""
+        first = len(self.tokens([turn], []))
+        if self.chat:
+            return first
+        return max(first, len(self.tokens(["", turn], [[]])) - len(self.tokens([""], [])))
+
     def text(self, answer: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
 

@@ -318,7 +318,7 @@ def test_json_and_folder(cli: Callable[..., Result], short: str, tmp_path: Path)
         (["--proposer", "draft:x"], "with whole numbers"),
         (["--proposer", "tree:2,1", "--verification", "block"], "it judges chains"),
         (["--prompts", "nowhere.jsonl"], "expected a file or one of"),
-        (["--prompts", "json", "--column", "colour"], "expected one of colour"),
+        (["--prompts", "json", "--column", "colour"], "unknown column 'colour'"),
     ],
 )
 def test_mistakes_get_one_line(

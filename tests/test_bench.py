@@ -438,6 +438,13 @@ def test_a_second_turn_follows_the_first_answer(tokenizer: Any) -> None:
     second = dialogue.tokens(["the quick", "fox"], [[45, 46]])
     assert second[: len(first) + 2] == [*first, 45, 46]
     assert tokenizer.decode(second[len(first) + 2 :]) == "\nfox"
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = None  # no BOS, which a later turn has none of
+    for each in (tokenizer, bare):
+        dialogue = Dialogue(each, chat=False)
+        turns = ["the quick", "brown", "fox"]
+        needed = len(dialogue.tokens(turns, [[], []]))
+        assert needed <= sum(map(dialogue.length, turns)) <= needed + 1
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     ids = Dialogue(chatty, chat=True).tokens(["hi", "so"], [chatty("stop it ")["input_ids"]])

@@ -107,6 +107,12 @@ def test_named_column_passes_over_the_others(file: Path) -> None:
     ]  # fmt: skip
 
 
+def test_column_that_is_not_there_is_named(file: Path) -> None:
+    file.write_text('{"body": "a"}\n{"text": "b", "stars": 3}\n', "utf-8")
+    with pytest.raises(InvalidArgumentError, match=r":2: unknown column 'body': .* text, stars$"):
+        load(file, column="body")
+
+
 def test_text_file_has_a_prompt_per_line(tmp_path: Path) -> None:
     path = tmp_path / "some.txt"
     path.write_text("one\n\n  \ntwo words\n", encoding="utf-8")
@@ -125,6 +131,7 @@ def test_text_file_has_a_prompt_per_line(tmp_path: Path) -> None:
         ('{"turns": []}', "some.jsonl:2: expected a text or a list"),
         ('{"turns": ["x", 3]}', "some.jsonl:2: expected a text or a list"),
         ('{"prompt": "x", "reference": 3}', "some.jsonl:2: expected a text or a list"),
+        ('{"prompt": "\\ud800"}', "some.jsonl:2: it is not UTF-8 text"),
         ('{"prompt": "y", "id": 1}', "two have the id '1'"),
     ],
 )

@@ -141,6 +141,10 @@ def _read(where: str, number: int, line: str, column: str | None) -> Prompt:
                 "text's own with column="
             )
     found = [row[key] for key in texts if key in row]
+    if column is not None and not found:
+        raise InvalidArgumentError(
+            f"{where}: unknown column {column!r}: expected one of {', '.join(row) or 'none'}"
+        )
     if len(found) != 1:
         raise InvalidArgumentError(f"{where}: expected one of {', '.join(texts)}")
     turns = _texts(where, found[0])
@@ -154,6 +158,10 @@ def _texts(where: str, value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
         raise InvalidArgumentError(f"{where}: expected a text or a list of texts, none empty")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:  # JSON may name half a character, which no tokenizer takes
+        raise InvalidArgumentError(f"{where}: it is not UTF-8 text") from error
     return tuple(texts)
 
 
