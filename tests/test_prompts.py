@@ -92,10 +92,18 @@ def test_spec_bench_file(file: Path) -> None:
     rows = [
         {"question_id": 81, "category": "writing", "turns": ["Hello.", "And now?"]},
         {"question_id": 82, "category": "math", "turns": ["1 + 1?"], "reference": ["2"]},
-    ]
+        # some of its references say nothing about one of the turns
+        {"question_id": 103, "category": "reasoning", "turns": ["Why?", "Why not?"],
+         "reference": ["Because.", ""]},
+        # and others name several answers
+        {"question_id": 481, "category": "rag", "turns": ["Who sings?"],
+         "reference": [["A bird", "A kettle"]]},
+    ]  # fmt: skip
     file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
     assert load(file) == [
         Prompt("81", "writing", ("Hello.", "And now?")), Prompt("82", "math", ("1 + 1?",), ("2",)),
+        Prompt("103", "reasoning", ("Why?", "Why not?"), ("Because.", "")),
+        Prompt("481", "rag", ("Who sings?",), ("A bird",)),
     ]  # fmt: skip
     assert load(str(file))[0].text == "Hello."
 
@@ -130,7 +138,11 @@ def test_text_file_has_a_prompt_per_line(tmp_path: Path) -> None:
         ('{"prompt": " "}', "some.jsonl:2: expected a text or a list of texts, none empty"),
         ('{"turns": []}', "some.jsonl:2: expected a text or a list"),
         ('{"turns": ["x", 3]}', "some.jsonl:2: expected a text or a list"),
-        ('{"prompt": "x", "reference": 3}', "some.jsonl:2: expected a text or a list"),
+        ('{"prompt": "x", "reference": 3}', "some.jsonl:2: reference: expected a text or a list"),
+        ('{"prompt": "x", "reference": ["y", [3]]}', "some.jsonl:2: reference: expected a text or"),
+        ('{"turns": ["x", ""], "reference": ["y", ""]}', "some.jsonl:2: expected a text or a list"),
+        ('{"prompt": "x", "reference": "\\ud800"}', "some.jsonl:2: it is not UTF-8 text"),
+        ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "some.jsonl:2: .* nested too deep"),
         ('{"prompt": "\\ud800"}', "some.jsonl:2: it is not UTF-8 text"),
         ('{"prompt": "y", "id": 1}', "two have the id '1'"),
     ],

@@ -23,7 +23,8 @@ class Prompt:
     id: str
     source: str  # where it is from, or its category; empty where the file does not say
     turns: tuple[str, ...]
-    reference: tuple[str, ...] = ()  # what may be said to each turn, where the file knows
+    # what may be said to each turn; empty where the file does not know
+    reference: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -129,6 +130,8 @@ def _read(where: str, number: int, line: str, column: str | None) -> Prompt:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise InvalidArgumentError(f"{where}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise InvalidArgumentError(f"{where}: its lists or objects are nested too deep") from error
     if not isinstance(row, dict):
         raise InvalidArgumentError(f"{where}: expected an object, got {type(row).__name__}")
     texts = _TEXTS if column is None else (column,)
@@ -148,16 +151,32 @@ def _read(where: str, number: int, line: str, column: str | None) -> Prompt:
     if len(found) != 1:
         raise InvalidArgumentError(f"{where}: expected one of {', '.join(texts)}")
     turns = _texts(where, found[0])
-    reference = _texts(where, row[_REFERENCE]) if row.get(_REFERENCE) else ()
+    reference = _references(where, row.get(_REFERENCE))
     name = next((row[key] for key in _IDS if key in row), f"line-{number}")
     category = next((row[key] for key in _SOURCES if key in row), "")
     return Prompt(str(name), str(category), turns, reference)
+
+
+def _references(where: str, value: Any) -> tuple[str, ...]:
+    """By turn. Spec-Bench leaves some empty, and names several short answers to others: of those
+    the first."""
+    if not value:
+        return ()
+    given = value if isinstance(value, list) else [value]
+    texts = [each[0] if isinstance(each, list) and each else each for each in given]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidArgumentError(f"{where}: {_REFERENCE}: expected a text or a list of texts")
+    return _encodable(where, texts)
 
 
 def _texts(where: str, value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
         raise InvalidArgumentError(f"{where}: expected a text or a list of texts, none empty")
+    return _encodable(where, texts)
+
+
+def _encodable(where: str, texts: list[str]) -> tuple[str, ...]:
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:  # JSON may name half a character, which no tokenizer takes
