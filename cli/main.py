@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import click
@@ -25,6 +26,7 @@ class _Group(click.Group):
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show
+        before, warnings.formatwarning = warnings.formatwarning, _warning_line
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
@@ -43,6 +45,8 @@ class _Group(click.Group):
             _fail(": ".join([*named, error.strerror or str(error)]), 1)
         except (MemoryError, torch.OutOfMemoryError) as error:
             _fail(f"out of memory: {error}", 1)
+        finally:
+            warnings.formatwarning = before
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -54,8 +58,16 @@ class _Group(click.Group):
             return 0
 
 
+def _one_line(message: str) -> str:
+    return "specdec: " + " ".join(message.split())
+
+
+def _warning_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    return _one_line(f"warning: {message}") + "\n"
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo("specdec: " + " ".join(message.split()), err=True)
+    click.echo(_one_line(message), err=True)
     sys.exit(code)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 FORMAT = 1
+_MAX_BYTES = 1 << 20  # of a file that is read; those that are written have some thousand
 _VARIABLE = "SPECDEC_CACHE"
 
 
@@ -114,18 +115,23 @@ class CostCache:
     def load(self) -> StepCosts | None:
         """What was kept; None, with one warning, where the file is damaged."""
         try:
-            text = self.path.read_text(encoding="utf-8")
+            with self.path.open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)
         except OSError:
             return None
         try:
-            content = json.loads(text)
+            if len(data) > _MAX_BYTES:
+                raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+            content = json.loads(data.decode())
             costs, key = content["costs"], content["key"]
             if content["format"] != FORMAT or content["checksum"] != _checksum(costs):
                 raise ValueError("its checksum or format is another")
             if key != self.key:
                 raise ValueError("it is of another key")
             return StepCosts.from_dict(costs)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError,
+        ) as error:  # fmt: skip
             warnings.warn(
                 f"the cost profile {self.path} is damaged ({error}); measuring anew", stacklevel=2
             )

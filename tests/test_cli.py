@@ -646,6 +646,25 @@ def test_piped_output_is_plain_and_the_remark_goes_to_standard_error(cli: Cli) -
     assert err.startswith(b"12 tokens | ")
 
 
+def test_damaged_cost_profile_is_one_line(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    args = (PROMPT, "--max-new-tokens", "3", "--num-draft-tokens", "auto")
+    assert cli(*args).exit_code == 0
+    [profile] = tmp_path.iterdir()
+    whole = profile.read_bytes()
+    profile.write_bytes(b"\xff" + whole)
+    process = cli.start(*args, stdout=-1, stderr=-1, stdin=-3)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0
+    said, closing = err.decode().splitlines()
+    assert said.startswith(f"specdec: warning: the cost profile {profile} is damaged (")
+    assert said.endswith("; measuring anew")
+    assert closing.startswith("3 tokens | ")
+    assert json.loads(profile.read_bytes())["key"] == json.loads(whole)["key"]
+
+
 def on_terminal(cli: Cli, *args: str, **environment: str) -> tuple[str, int]:
     """Everything that a terminal shows, and the exit code."""
     control, terminal = pty.openpty()

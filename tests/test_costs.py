@@ -60,14 +60,17 @@ def test_kept_costs_come_back(folder: Path) -> None:
     assert [path.parent for path in folder.iterdir()] == [folder]
 
 
-def damages(path: Path) -> list[str]:
-    content = json.loads(path.read_text())
+def damages(path: Path) -> list[bytes]:
+    whole = path.read_bytes()
+    content = json.loads(whole)
     costs = content["costs"]
+    changed = [
+        {"format": 1}, {**content, "format": 2}, {**content, "key": {"a": "2"}},
+        {**content, "costs": {**costs, "catch_up": 9.0}},
+    ]  # fmt: skip
     return [
-        "", "{", "[]", "null", json.dumps({"format": 1}),
-        json.dumps({**content, "format": 2}),
-        json.dumps({**content, "key": {"a": "2"}}),
-        json.dumps({**content, "costs": {**costs, "catch_up": 9.0}}),
+        b"", b"{", b"[]", b"null", bytes(range(256)), b"\xff\xfe" + whole, b"[" * 100_000,
+        whole + b" " * (1 << 20), *(json.dumps(each).encode() for each in changed),
     ]  # fmt: skip
 
 
@@ -75,8 +78,8 @@ def test_damaged_file_is_measured_anew_with_one_warning(folder: Path) -> None:
     del folder
     cache = CostCache({"a": "1"})
     cache.save(COSTS)
-    for text in damages(cache.path):
-        cache.path.write_text(text)
+    for data in damages(cache.path):
+        cache.path.write_bytes(data)
         with pytest.warns(UserWarning, match="is damaged .* measuring anew") as seen:
             assert cache.load() is None
         assert len(seen) == 1
