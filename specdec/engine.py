@@ -23,7 +23,7 @@ from specdec.proposers import (
     EnsembleProposer,
     Proposer,
 )
-from specdec.proposers.checked import checked
+from specdec.proposers.checked import check_proposer, checked, join
 from specdec.proposers.text import by_vocabulary
 from specdec.rng import Noise, PhiloxNoise, derive_seed
 from specdec.runner import ModelRunner, Runner
@@ -97,6 +97,8 @@ class Engine:
         self.proposer = _make_proposer(
             proposer, draft, self.target, verification, options, draft_window
         )
+        if self.proposer is not None:
+            check_proposer(self.proposer)
         # a draft with side branches fills more slots than it can add tokens
         self._spare_slots = self.proposer.spare_slots if self.proposer is not None else 0
         preferred = self.proposer.preferred_nodes if self.proposer is not None else None
@@ -118,7 +120,7 @@ class Engine:
                     f"proposer={self.proposer.name!r} is free and its law {self.proposer.law!r}: "
                     "expected 'point', as drawn tokens may not be cut"
                 )
-            self.proposer.join(self.group, self.target.vocab_size)
+            join(self.proposer, self.group, self.target.vocab_size)
             # measured costs of a proposer object are not kept: nobody knows its options
             parts = proposer if isinstance(proposer, (list, tuple)) else [proposer]
             unknown = any(isinstance(part, Proposer) for part in parts)

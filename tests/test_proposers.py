@@ -680,6 +680,104 @@ def test_plug_in_that_does_not_work_is_named(
         specdec.wrap(target, **options)
 
 
+# One module of each, as another package would have it; the class is called X.
+BROKEN = {
+    "raises": ('raise RuntimeError("no licence")', "cannot be imported: RuntimeError: no licence"),
+    "syntax": ("def (", "cannot be imported: SyntaxError"),
+    "abstract": ('law = "point"', r"breaks the protocol: it has no propose\(\)"),
+    "nameless": ("name = None\n def propose(self, s, b, n): ...", "its name is None: expected a"),
+    "joins": (
+        "def join(self): ...\n def propose(self, s, b, n): ...",
+        r"its join\(\) cannot be called with 2 arguments: too many positional",
+    ),
+    "proposes": ("def propose(self, s): ...", r"its propose\(\) cannot be called with 3 arguments"),
+    "position": (
+        "def __init__(self, size): ...\n def propose(self, s, b, n): ...",
+        "its constructor needs 'size' by position: expected options that are keyword-only",
+    ),
+    "draftless": (
+        "needs_draft = True\n def propose(self, s, b, n): ...", "its constructor takes no draft"
+    ),
+    "fails": (
+        'def __init__(self, *, size=3): raise KeyError("size")\n def propose(self, s, b, n): ...',
+        r"proposer='fails': its constructor failed with proposer_options={}: KeyError: 'size'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_class_of_a_plug_in_that_breaks_the_protocol_is_named(
+    target: Model, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, message = BROKEN[name]
+    module = f"specdec_plug_in_{name}"
+    head = "" if name in ("raises", "syntax") else "import specdec\nclass X(specdec.Proposer):\n "
+    named = "name = 'x'\n " if head else ""
+    (tmp_path / f"{module}.py").write_text(f"{head}{named}{body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    point = EntryPoint(name, f"{module}:X", proposers.PLUG_INS)
+    monkeypatch.setattr(proposers, "_plug_ins", lambda: {name: point})
+    with pytest.raises(InvalidArgumentError, match=message) as refused:
+        Engine(target, proposer=name, kv_memory=KV)
+    assert f"proposer='{name}'" in str(refused.value)
+
+
+def test_error_of_a_plug_ins_constructor_about_an_argument_is_its_own(
+    target: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Strict(Repeats):
+        def __init__(self, *, times: int = 2) -> None:
+            raise InvalidArgumentError(f"times={times}: expected 3")
+
+    monkeypatch.setattr(EntryPoint, "load", lambda _: Strict)
+    points = {"strict": EntryPoint("strict", "its_package:Strict", proposers.PLUG_INS)}
+    monkeypatch.setattr(proposers, "_plug_ins", lambda: points)
+    with pytest.raises(InvalidArgumentError, match=r"^times=2: expected 3$"):
+        Engine(target, proposer="strict", kv_memory=KV)
+
+
+WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
+    ({"law": "weird"}, "law='weird': expected one of point, sampled, coupled"),
+    ({"law": None}, "law=None: expected one of"),
+    ({"preferred_nodes": -3}, "preferred_nodes=-3: expected a whole number, 1 to 255, or None"),
+    ({"preferred_nodes": "many"}, "preferred_nodes='many': expected a whole number"),
+    ({"spare_slots": -1}, "spare_slots=-1: expected a whole number, 0 or more"),
+    ({"max_positions": 0}, "max_positions=0: expected a whole number, 1 or more, or None"),
+    ({"nodes_within": lambda *_: -5}, r"nodes_within\(1\)=-5: expected a whole number, 0 or more"),
+    ({"nodes_within": lambda _, depth: depth / 2}, r"nodes_within\(1\)=0.5: expected a whole"),
+    ({"draft_rows": lambda *_: [1]}, r"draft_rows\(1\)=\[1\]: expected a tuple of numbers of rows"),
+    ({"observe": lambda _: None}, r"its observe\(\) cannot be called with 2 arguments"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG_VALUES, ids=[str(m) for _, m in WRONG_VALUES])
+@pytest.mark.parametrize("is_member", [False, True], ids=["alone", "member"])
+def test_value_of_a_proposer_that_breaks_the_protocol_is_named(
+    target: Model, values: dict[str, Any], message: str, is_member: bool
+) -> None:
+    proposer = type("Broken", (Repeats,), values)()
+    given: Any = [proposer, "ngram"] if is_member else proposer
+    with pytest.raises(InvalidArgumentError, match=f"proposer='repeats' broke the .*{message}"):
+        Engine(target, proposer=given, kv_memory=KV)
+
+
+@pytest.mark.parametrize("found", ["x", None, 2.0, -1], ids=repr)
+@pytest.mark.parametrize("is_member", [False, True], ids=["alone", "member"])
+def test_situation_that_is_no_number_is_named(target: Model, found: Any, is_member: bool) -> None:
+    class Broken(Repeats):
+        def situation(self, sequence: Sequence) -> int:
+            del sequence
+            number: int = found
+            return number
+
+    engine = Watched(target, proposer=[Broken(), "ngram"] if is_member else Broken(), kv_memory=KV)
+    engine.add_request(PROMPTS[0], GREEDY, seed=1)
+    with pytest.raises(InvalidArgumentError, match=r"'repeats' broke .*situation\(\)=.*: expected"):
+        list(engine)
+    engine.abort_all()
+    assert engine.group.used == 0
+
+
 @pytest.mark.usefixtures("plug_ins")
 def test_draft_that_nobody_asked_for_is_refused(target: Model, draft: Model) -> None:
     with pytest.raises(InvalidArgumentError, match="proposer='repeats' has no use for a draft"):

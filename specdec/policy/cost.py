@@ -15,6 +15,7 @@ from specdec.policy.base import (
     checked_number,
 )
 from specdec.proposers import Proposer
+from specdec.proposers.checked import situation_of
 from specdec.rates import Rates
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
@@ -228,7 +229,7 @@ class CostPolicy(Policy):
         assert self._proposer is not None
         history = self._history(sequence)
         kind = min(most.bit_length(), _LENGTHS - 1) if self._proposer.free else history.streak
-        history.number = number = self._proposer.situation(sequence) * self._kinds + kind
+        history.number = number = situation_of(self._proposer, sequence) * self._kinds + kind
         here = history.situations.get(number)
         if here is None:
             here = _Situation(Rates(self._depth), self._first_guess)

@@ -7,9 +7,10 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter, signature
 from typing import Any
 
-from specdec.errors import InvalidArgumentError
+from specdec.errors import InvalidArgumentError, SpecDecError
 from specdec.proposers.base import Proposer
 from specdec.proposers.beam_tree import BeamTreeProposer
+from specdec.proposers.checked import class_fault, constructor_fault
 from specdec.proposers.draft import DraftModelProposer
 from specdec.proposers.dynamic_tree import DynamicTreeProposer
 from specdec.proposers.ensemble import EnsembleProposer, labels_of
@@ -64,7 +65,7 @@ def names() -> list[str]:
 
 def find(name: str) -> type[Proposer]:
     """The class of this name. Raises InvalidArgumentError for an unknown name, and for a plug-in
-    that cannot be imported or is no Proposer."""
+    that cannot be imported, is no Proposer, or lacks what one must have."""
     if name in REGISTRY:
         return REGISTRY[name]
     if name not in _plug_ins():
@@ -100,7 +101,15 @@ def make(name: str, draft: Runner | None, options: dict[str, Any]) -> Proposer:
                 f"proposer={name!r} needs proposer_options={{{option!r}: ...}}"
             )
     build: Callable[..., Proposer] = kind
-    return build(draft, **options) if kind.needs_draft else build(**options)
+    try:
+        return build(draft, **options) if kind.needs_draft else build(**options)
+    except Exception as error:
+        if isinstance(error, SpecDecError) or name in REGISTRY:
+            raise
+        raise InvalidArgumentError(
+            f"proposer={name!r}: its constructor failed with proposer_options={options!r}: "
+            f"{_said(error)}"
+        ) from error
 
 
 def make_several(
@@ -195,14 +204,18 @@ def _plug_ins() -> dict[str, EntryPoint]:
 
 
 def _load(point: EntryPoint) -> type[Proposer]:
+    plug_in = f"proposer={point.name!r}: the plug-in {point.value}"
     try:
         found = point.load()
-    except (ImportError, AttributeError) as error:
-        raise InvalidArgumentError(
-            f"proposer={point.name!r}: the plug-in {point.value} cannot be imported: {error}"
-        ) from error
+    except Exception as error:  # whatever its module runs into
+        raise InvalidArgumentError(f"{plug_in} cannot be imported: {_said(error)}") from error
     if not (isinstance(found, type) and issubclass(found, Proposer)):
-        raise InvalidArgumentError(
-            f"proposer={point.name!r}: the plug-in {point.value} is no subclass of specdec.Proposer"
-        )
+        raise InvalidArgumentError(f"{plug_in} is no subclass of specdec.Proposer")
+    fault = class_fault(found) or constructor_fault(found)
+    if fault:
+        raise InvalidArgumentError(f"{plug_in} breaks the protocol: {fault}")
     return found
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -66,9 +66,9 @@ class Proposer(ABC):
         return ()
 
     def situation(self, sequence: Sequence) -> int:
-        """A small number that tells drafts of different prospects apart, a function of what was
-        committed: adaptive policies estimate acceptance per situation (the length of the match
-        that an n-gram would be copied from, say). Called before propose."""
+        """A small number, 0 or more, that tells drafts of different prospects apart, a function of
+        what was committed: adaptive policies estimate acceptance per situation (the length of the
+        match that an n-gram would be copied from, say). Called before propose."""
         del sequence
         return 0
 

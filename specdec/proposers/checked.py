@@ -1,18 +1,100 @@
-"""The protocol of proposers, enforced: a tree that breaks it becomes an error that names whose it
-is, before it can reach a model or a cache."""
+"""The protocol of proposers, enforced: what breaks it, a class, a value or a tree, becomes an error
+that names whose it is, before it can reach a model or a cache."""
 
 from collections.abc import Sequence as Items
 from functools import lru_cache
-from typing import Any, get_args
+from inspect import Parameter, signature
+from typing import Any, get_args, get_type_hints
 
 import torch
 
+from specdec.cache import CacheGroup
 from specdec.errors import InvalidArgumentError
 from specdec.proposers.base import Proposer
 from specdec.sequence import Sequence
+from specdec.shapes import MAX_NODES
 from specdec.tree import Kind, Law, TokenTree
 
 _KINDS = get_args(Kind)
+_LAWS = get_args(get_type_hints(Proposer)["law"])
+# What the engine calls, and with how many arguments.
+_METHODS = {
+    "join": 2, "nodes_within": 1, "draft_rows": 1, "situation": 1, "start": 1, "propose": 3,
+    "observe": 2, "finish": 1,
+}  # fmt: skip
+_DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, MAX_NODES, 1 << 15)
+
+
+@lru_cache(maxsize=64)
+def class_fault(kind: type[Proposer]) -> str:
+    """What of the protocol a class lacks; empty where nothing is."""
+    missing = sorted(getattr(kind, "__abstractmethods__", ()))
+    if missing:
+        return f"it has no {', '.join(missing)}()"
+    if not isinstance(getattr(kind, "name", None), str):
+        return f"its name is {getattr(kind, 'name', None)!r}: expected a text"
+    for method, count in _METHODS.items():
+        try:
+            signature(getattr(kind, method)).bind(*[None] * (count + 1))
+        except (TypeError, ValueError) as error:
+            return f"its {method}() cannot be called with {count} arguments: {error}"
+    return ""
+
+
+def constructor_fault(kind: type[Proposer]) -> str:
+    """Why a proposer cannot be made by its name; empty where it can be."""
+    by_position = [
+        p
+        for p in signature(kind).parameters.values()
+        if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if kind.needs_draft and not by_position:
+        return "its constructor takes no draft, and needs_draft is True"
+    for parameter in by_position[kind.needs_draft :]:
+        if parameter.default is Parameter.empty:
+            return (
+                f"its constructor needs {parameter.name!r} by position: expected options that are "
+                "keyword-only"
+            )
+    return ""
+
+
+def check_proposer(proposer: Proposer) -> None:
+    """Raises InvalidArgumentError, naming the proposer, unless its class and what it says of itself
+    before it joins keep to the protocol."""
+    fault = class_fault(type(proposer))
+    if fault:
+        raise _refuse(proposer, fault)
+    law = getattr(proposer, "law", None)
+    if law not in _LAWS:
+        raise _refuse(proposer, f"law={law!r}: expected one of {', '.join(_LAWS)}")
+    _whole_number(proposer, "preferred_nodes", 1, MAX_NODES, optional=True)
+    _whole_number(proposer, "spare_slots", 0, None)
+
+
+def join(proposer: Proposer, group: CacheGroup, vocab_size: int) -> None:
+    """Lets a proposer join. Raises InvalidArgumentError, naming it, unless the numbers that it
+    gives from then on can be planned with."""
+    proposer.join(group, vocab_size)
+    _whole_number(proposer, "max_positions", 1, None, optional=True)
+    for depth in _DEPTHS:
+        nodes: Any = proposer.nodes_within(depth)
+        if not _is_whole(nodes) or nodes < 0:
+            raise _refuse(
+                proposer, f"nodes_within({depth})={nodes!r}: expected a whole number, 0 or more"
+            )
+    rows: Any = proposer.draft_rows(1)
+    if not isinstance(rows, tuple) or not all(_is_whole(n) and n >= 1 for n in rows):
+        raise _refuse(proposer, f"draft_rows(1)={rows!r}: expected a tuple of numbers of rows")
+
+
+def situation_of(proposer: Proposer, sequence: Sequence) -> int:
+    """proposer.situation(sequence). Raises InvalidArgumentError, naming the proposer, unless it is
+    a whole number, 0 or more."""
+    number: Any = proposer.situation(sequence)
+    if not isinstance(number, int) or number < 0:
+        raise _refuse(proposer, f"situation()={number!r}: expected a whole number, 0 or more")
+    return number
 
 
 def checked(
@@ -55,7 +137,24 @@ def checked(
 
 
 def _refuse(proposer: Proposer, reason: str) -> InvalidArgumentError:
-    return InvalidArgumentError(f"proposer={proposer.name!r} broke the protocol: {reason}")
+    name = getattr(proposer, "name", type(proposer).__name__)
+    return InvalidArgumentError(f"proposer={name!r} broke the protocol: {reason}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole_number(
+    proposer: Proposer, name: str, least: int, most: int | None, *, optional: bool = False
+) -> None:
+    value: object = getattr(proposer, name)
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or not least <= value <= (value if most is None else most):
+        upper = "or more" if most is None else f"to {most}"
+        none = ", or None" if optional else ""
+        raise _refuse(proposer, f"{name}={value!r}: expected a whole number, {least} {upper}{none}")
 
 
 def _kind_of(value: object) -> str:

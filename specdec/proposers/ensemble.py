@@ -10,7 +10,7 @@ import torch
 from specdec.cache import CacheGroup
 from specdec.errors import InvalidArgumentError
 from specdec.proposers.base import Proposer
-from specdec.proposers.checked import checked
+from specdec.proposers.checked import check_proposer, checked, join, situation_of
 from specdec.rng import Noise, OffsetNoise
 from specdec.sequence import Sequence
 from specdec.shapes import MAX_NODES
@@ -60,6 +60,8 @@ class EnsembleProposer(Proposer):
             raise InvalidArgumentError("members: expected different objects, one came twice")
         if any(isinstance(member, EnsembleProposer) for member in members):
             raise InvalidArgumentError("members: an ensemble in an ensemble; name its members")
+        for member in members:
+            check_proposer(member)
         self.members = tuple(members)
         self.labels = labels_of([member.name for member in members])
         laws = {member.law for member in members}
@@ -79,7 +81,7 @@ class EnsembleProposer(Proposer):
     def join(self, group: CacheGroup, vocab_size: int) -> None:
         self._vocab_size, self._device = vocab_size, group.device
         for member in self.members:
-            member.join(group, vocab_size)
+            join(member, group, vocab_size)
 
     @property
     def groups(self) -> tuple[CacheGroup, ...]:
@@ -109,7 +111,7 @@ class EnsembleProposer(Proposer):
         """One digit per member."""
         number = 0
         for member in self.members:
-            number = number * 64 + min(member.situation(sequence), 63)
+            number = number * 64 + min(situation_of(member, sequence), 63)
         return number
 
     def start(self, sequence: Sequence) -> None:
@@ -216,7 +218,7 @@ class EnsembleProposer(Proposer):
         free = [view for view in state.views if view.member in self._free]
         for view in free:
             member = self.members[view.member]
-            view.situation = member.situation(sequence)
+            view.situation = situation_of(member, sequence)
         union.add_best(
             [(view, state.rates[view.member].chances(view)) for view in free],
             budget - len(union.tokens),
