@@ -21,6 +21,7 @@ from specdec.cli.models import (
 )
 from specdec.cli.options import (
     LOSSLESS,
+    check_members,
     end_tokens,
     json_option,
     member_option,
@@ -47,7 +48,7 @@ from specdec.evals.lineup import (
     synthetic_lineup,
 )
 from specdec.evals.prompts import Prompt
-from specdec.evals.provenance import model_facts
+from specdec.evals.provenance import model_facts, prompts_sha256
 from specdec.evals.random_models import NAMES, random_model, random_prompts
 from specdec.evals.spec_bench import write_answers
 from specdec.evals.trace import TRACES, write_traces
@@ -143,6 +144,8 @@ def bench(
     """
     _check_flags(draft, no_draft, acceptance, shape, temperature, answers, chat, speculations)
     _check_folders(out, answers, traced)
+    if speculations:  # else they depend on the models
+        check_members(options, speculations)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(where)
     if threads is not None:
@@ -159,6 +162,7 @@ def bench(
         tasks = _tasks(sources, column, limit, dialogue, models.target, max_new_tokens)
     if not speculations:
         speculations = _defaults(models, acceptance, shape)
+    check_members(options, speculations)
     options = _with_tokenizer(options, speculations, tokenizer)
     wanted = Wanted(
         speculations, not no_transformers, assistant_tokens, lookup_tokens, verification, options
@@ -173,6 +177,9 @@ def bench(
             for name, its in options.items()
         },
         "prompts": [[task.set, task.prompt.id] for task in tasks],
+        "prompts_sha256": prompts_sha256(
+            dialogue.tokens([turn], []) for task in tasks for turn in task.prompt.turns
+        ),
         "chat": isinstance(dialogue, Dialogue) and dialogue.chat,
         "max_new_tokens": max_new_tokens, "eos_token_ids": ends, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "rounds": rounds, "seed": seed,
@@ -240,10 +247,6 @@ def _check_flags(
         raise InvalidArgumentError(
             f"--proposer {needing}: it needs a draft; expected --draft or --synthetic-acceptance"
         )
-    names = [each.text for each in speculations]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InvalidArgumentError(f"--proposer {twice}: expected each row once")
 
 
 def _load(

@@ -12,6 +12,8 @@ from specdec.cli.dialogues import TURNS, read_contexts
 from specdec.cli.options import (
     LOSSLESS,
     Pair,
+    check_members,
+    each_once,
     end_tokens,
     json_option,
     load_pair,
@@ -27,7 +29,7 @@ from specdec.errors import InvalidArgumentError
 from specdec.evals.acceptance import Evaluation, Setting, Task
 from specdec.evals.contenders import Speculation
 from specdec.evals.folder import RunFolder
-from specdec.evals.provenance import model_facts
+from specdec.evals.provenance import model_facts, prompts_sha256
 from specdec.sampling import SamplingParams
 
 
@@ -42,12 +44,13 @@ from specdec.sampling import SamplingParams
 )  # fmt: skip
 @member_option
 @click.option(
-    "--verification", "rules", multiple=True, type=click.Choice(LOSSLESS),
+    "--verification", "rules", multiple=True, type=click.Choice(LOSSLESS), callback=each_once,
     default=("auto",), show_default=True, help="The rule that accepts; may be repeated.",
 )  # fmt: skip
 @click.option(
     "--temperature", "temperatures", multiple=True, type=click.FloatRange(min=0),
-    default=(0.0,), show_default=True, help="0 is greedy decoding; may be repeated.",
+    callback=each_once, default=(0.0,), show_default=True,
+    help="0 is greedy decoding; may be repeated.",
 )  # fmt: skip
 @truncation_options
 @prompt_options(20, several=True, more=TURNS)
@@ -84,7 +87,7 @@ def evaluate(
     models' laws, the draft's entropy and calibration, and what measured costs say of speed: the
     predicted beside the measured one, the best length and tree.
     """
-    speculations = tuple(dict.fromkeys(speculations))
+    check_members(options, speculations)
     needs_draft = any(each.num_drafts for each in speculations)
     pair = load_pair(
         target, draft, dtype, device, no_speculation=not needs_draft, proposer=None,
@@ -101,7 +104,9 @@ def evaluate(
         # where plain decoding is quicker, auto would draft nothing
         arguments |= {"policy": "constant", "verification": rule}
         sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, ends)
-        settings.append(Setting(f"{each.text} {rule} T={temperature:g}", arguments, sampling))
+        settings.append(
+            Setting(f"{each.text} {rule} T={_exactly(temperature)}", arguments, sampling)
+        )
     folder = RunFolder(
         out, "eval",
         {
@@ -111,7 +116,9 @@ def evaluate(
             },
             "rows": [setting.name for setting in settings], "proposer_options": options,
             "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "prompts": [[task.set, task.id] for task in tasks], "max_new_tokens": max_new_tokens,
+            "prompts": [[task.set, task.id] for task in tasks],
+            "prompts_sha256": prompts_sha256(task.tokens for task in tasks),
+            "max_new_tokens": max_new_tokens,
             "samples": samples, "timed": timed, "rounds": rounds, "seed": seed,
             "device": str(pair.target.device),
         },
@@ -124,6 +131,12 @@ def evaluate(
         click.echo(json.dumps(found))
     else:
         _show(found)
+
+
+def _exactly(temperature: float) -> str:
+    """Short, and another text for every other number: rows are told apart by it."""
+    short = f"{temperature:g}"
+    return short if float(short) == temperature else repr(temperature)
 
 
 def _with_tokenizers(
@@ -143,7 +156,7 @@ def _tasks(
 ) -> list[Task]:
     """Every turn of the prompts that fit; says which do not."""
     tasks: list[Task] = []
-    for source in dict.fromkeys(sources):
+    for source in sources:
         for each in read_contexts(pair, source, column, limit, new_tokens):
             for turn, tokens in enumerate(each.tokens, 1):
                 name = each.prompt.id if turn == 1 else f"{each.prompt.id} turn {turn}"

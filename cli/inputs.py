@@ -47,10 +47,11 @@ def member_options(
         name, dot, option = path.partition(".")
         if not (equals and dot and name and option):
             raise click.BadParameter(f"{text!r}: expected NAME.OPTION=VALUE.", ctx, param)
+        its = found.setdefault(name, {})
         try:
-            found.setdefault(name, {})[option] = json.loads(value)
+            its[option] = json.loads(value)
         except ValueError:
-            found[name][option] = value
+            its[option] = value
     return found
 
 

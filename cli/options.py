@@ -72,12 +72,32 @@ def named_values(
     return options
 
 
+def each_once(
+    ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Refuses a value that is there twice: its row would be measured twice, under one name."""
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise click.BadParameter(f"{value}: expected each once.", ctx, param)
+    return values
+
+
 def named_speculations(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> tuple[Speculation, ...]:
     """What each names, with a length or shape."""
-    del ctx, param
-    return tuple(map(Speculation.parse, values))
+    return tuple(map(Speculation.parse, each_once(ctx, param, values)))
+
+
+def check_members(options: dict[str, dict[str, Any]], speculations: Sequence[Speculation]) -> None:
+    """Raises InvalidArgumentError for options of a proposer that no row has."""
+    members = list(dict.fromkeys(name for each in speculations for name in each.members))
+    for name, its in options.items():
+        if name not in members:
+            raise InvalidArgumentError(
+                f"--proposer-option {name}.{next(iter(its))}: expected a proposer of the rows, "
+                f"{', '.join(members) or 'which have none'}"
+            )
 
 
 class ProposerName(click.Choice[str]):
@@ -162,6 +182,7 @@ def prompt_options(limit: int, *, several: bool, more: str = "") -> Callable[[Co
         click.option(
             "--prompts", "sources" if several else "source", multiple=several,
             default=(known,) if several else known, show_default=True,
+            callback=each_once if several else None,
             help=f"{sets}{'; may be repeated' if several else ''}. {more}".rstrip(),
         ),
         click.option(

@@ -23,7 +23,7 @@ from specdec.cli.options import (
 from specdec.errors import InvalidArgumentError
 from specdec.evals.folder import RunFolder
 from specdec.evals.lossless import Audit, Auditor, Plan
-from specdec.evals.provenance import model_facts
+from specdec.evals.provenance import model_facts, prompts_sha256
 from specdec.sampling import SamplingParams
 
 
@@ -108,7 +108,8 @@ def verify(
             "name": pair.names["draft"], **model_facts(pair.draft)
         },
         "device": str(pair.target.device), **shown, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "min_p": min_p, "prompts": source, "column": column, "limit": limit,
+        "top_p": top_p, "min_p": min_p, "prompts": source, "prompts_sha256": prompts_sha256(rows),
+        "column": column, "limit": limit,
         "max_new_tokens": max_new_tokens, "detect_tv": detect_tv, "power": power, "level": level,
         "sampled_tokens": sampled_tokens, "sampled_prompts": sampled_prompts,
         "sampled_context": sampled_context, "cells": cells, "seed": seed,

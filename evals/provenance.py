@@ -1,10 +1,12 @@
 """Where figures were made, and with what."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,14 @@ def provenance() -> dict[str, Any]:
         "load_average": list(os.getloadavg()),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def prompts_sha256(prompts: Iterable[Sequence[int]]) -> str:
+    """Of the token ids that were read: the same only for the same texts and tokenizer."""
+    digest = hashlib.sha256()
+    for tokens in prompts:
+        digest.update(json.dumps([int(token) for token in tokens]).encode())
+    return digest.hexdigest()
 
 
 def model_facts(model: Any) -> dict[str, Any]:

@@ -147,3 +147,63 @@ def test_run_of_another_kind_or_setting_is_refused(
     refused(cli(*args, str(tmp_path / "run"), "--seed", "5"), "its run has seed=0, this one 5")
     (tmp_path / "run" / "records.jsonl").write_text("{}\nnot\n")
     refused(cli(*args, str(tmp_path / "run")), "records.jsonl:2: not JSON")
+
+
+def test_run_on_other_prompts_of_the_same_names_is_refused(
+    cli: Cli, short: str, tmp_path: Path
+) -> None:
+    args = ("--prompts", short, "--out", str(tmp_path / "run"))
+    assert cli(*args).exit_code == 0
+    assert cli(*args).exit_code == 0
+    Path(short).write_text('{"prompt": "a brown fox"}\n')
+    refused(cli(*args), "its run has prompts_sha256=")
+
+
+# --- rows
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"], indirect=True)
+def test_option_of_a_proposer_that_no_row_has_is_refused(
+    cli: Cli, short: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded before the options were looked at")
+
+    for module in ("options", "bench"):
+        monkeypatch.setattr(f"specdec.cli.{module}.load_model", loads)
+    args = ("--prompts", short, "--proposer", "ngram", "--proposer-option")
+    refused(
+        cli(*args, "suffix.max=3"),
+        "--proposer-option suffix.max: expected a proposer of the rows, draft, ngram",
+    )
+
+
+def test_option_of_a_proposer_that_is_no_default_is_refused(models: Path, short: str) -> None:
+    args = ("--target", str(models / "target"), "--prompts", short, "--device", "cpu")
+    result = CliRunner().invoke(main, ["bench", *args, "--proposer-option", "tree.kind=iid"])
+    refused(result, "tree.kind: expected a proposer of the rows, ngram, suffix, lookahead")
+
+
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        ("eval", ("--temperature", "1", "--temperature", "1.0")),
+        ("eval", ("--verification", "auto", "--verification", "auto")),
+        ("eval", ("--proposer", "ngram:2", "--proposer", "ngram:2")),
+        ("bench", ("--proposer", "ngram:2", "--proposer", "ngram:2")),
+        ("eval", ("--prompts", "chat", "--prompts", "chat")),
+        ("bench", ("--prompts", "chat", "--prompts", "chat")),
+    ],
+    indirect=["command"],
+)
+def test_row_that_is_asked_for_twice_is_refused(cli: Cli, args: tuple[str, ...]) -> None:
+    value = args[-1]
+    refused(cli(*args), f"Invalid value for '{args[0]}': {value}: expected each once")
+
+
+@pytest.mark.parametrize("command", ["eval"], indirect=True)
+def test_near_temperatures_have_rows_of_their_own(cli: Cli, short: str) -> None:
+    near = ("--temperature", "0.1234567", "--temperature", "0.1234568", "--temperature", "0.5")
+    rows = json.loads(cli("--prompts", short, *near, "--json").stdout)["rows"]
+    names = [row["name"].rpartition(" ")[2] for row in rows]
+    assert names == ["T=0.1234567", "T=0.1234568", "T=0.5"]

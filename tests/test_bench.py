@@ -508,7 +508,7 @@ def test_command_with_a_synthetic_draft_says_so(models: Path) -> None:
         (["--no-draft"], "--no-draft and --draft exclude each other"),
         (["--synthetic-acceptance", "0.5"], "expected neither --draft nor --no-draft"),
         (["--random-weights", "qwen3-0.6b"], "expected no --draft, --spec-bench or --chat"),
-        (["--proposer", "ngram", "--proposer", "ngram"], "--proposer ngram: expected each row"),
+        (["--proposer", "ngram", "--proposer", "ngram"], "ngram: expected each once"),
         (["--proposer", "ngram:x"], "expected NAME, NAME:N or tree:K1,K2"),
         (["--proposer-option", "ngram=3"], "expected NAME.OPTION=VALUE"),
         (["--chat"], "has no chat template"),
