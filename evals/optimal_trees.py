@@ -3,10 +3,8 @@ the prompts, predicts the tokens per target pass of the trees built from it on t
 the other way round; and such trees against chains, dynamic trees and stochastic-beam trees of as
 many nodes.
 
-Acceptance is measured twice. A wide tree shows many ranks, but what is reached below its side
-branches is accepted less often than what follows the draft's first choices. So the best tree for
-its rates measures them again, where it has nodes, and the tree that is tried is the best one for
-those.
+Acceptance is measured twice (evals/tree_rates.py), and the tree that is tried is the best one for
+what the second tree showed.
 
     python -m specdec.evals.optimal_trees --out evals/results/optimal_trees.json
 
@@ -30,15 +28,11 @@ from specdec import Engine, SamplingParams, zoo
 from specdec.evals.provenance import provenance
 from specdec.evals.rule_choice import error
 from specdec.evals.speed import read_prompts
+from specdec.evals.tree_rates import LEVELS, PROBE, by_depth_and_rank, refined
 from specdec.optimal import expected_tokens, optimal_shape
 from specdec.stats import RunStats
 
 NODES = (8, 16, 32)
-LEVELS = 12  # at most
-RANKS = 8  # at most
-DEPTHS = range(1, 6)  # that ranks are measured at; the last stands for those below
-# Ranks are measured on the best tree for a guess: many ranks at the root, long lines below.
-PROBE = optimal_shape([0.6, 0.14, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02], 40, LEVELS)
 TEMPERATURES = {"sampled": 1.0, "coupled": 1.0, "greedy": 0.0}
 KINDS = {"sampled": "without_replacement", "coupled": "coupled", "greedy": "top_k"}
 
@@ -91,15 +85,6 @@ def contenders(setting: str, nodes: int, shape: tuple[int, ...]) -> dict[str, Co
     else:
         options = {"width": 4, "depth": nodes // 4}
         found["stochastic-beam tree"] = ("beam_tree", options, nodes)
-    return found
-
-
-def refined(rough: Sequence[Sequence[float]], stats: RunStats) -> list[list[float]]:
-    """Acceptance by depth and rank, from a second tree where it has nodes."""
-    found = []
-    for depth, row in zip(DEPTHS, rough, strict=True):
-        seen = stats.acceptance_by_rank(depth)[:RANKS]
-        found.append([*seen, *row[len(seen) :]])
     return found
 
 
@@ -168,7 +153,7 @@ def tables(
     rough = []
     for half in halves:
         _, stats = measure(probe, pair, half, setting, samples, new_tokens)
-        rough.append([stats.acceptance_by_rank(depth)[:RANKS] for depth in DEPTHS])
+        rough.append(by_depth_and_rank(stats))
     sizes: list[dict[str, Any]] = []
     for nodes in tqdm(NODES, desc=setting):
         folds = [

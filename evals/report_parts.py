@@ -223,6 +223,9 @@ def eval_part(name: str, raw: Raw) -> Part:
     return part
 
 
+_LONG = {"ngram", "suffix", "draft"}  # chains that tell of every shorter one
+
+
 def tune_part(name: str, raw: Raw) -> Part:
     """Predicted and measured speed of every setting, over the draft length where it has one."""
     findings = raw["findings"]
@@ -238,6 +241,30 @@ def tune_part(name: str, raw: Raw) -> Part:
             ],
         )
     )  # fmt: skip
+    if raw.get("predicted_best"):
+        part.tables.append(
+            Table(
+                "Most promising by batch and context, predicted",
+                ["batch", "context", "setting", "speed"],
+                [
+                    [its["batch"], its["context"], its["setting"]["name"], its["predicted"]]
+                    for its in raw["predicted_best"]
+                ],
+            )
+        )
+        part.tables += [
+            Table(
+                f"Seconds of a step: {kind}", ["batch", "context", "rows", "draft", "verify"],
+                [
+                    [its["batch"], its["context"], rows, f"{draft:.5f}", f"{verify:.5f}"]
+                    for its in every
+                    for rows, draft, verify in zip(
+                        its["rows"], its["draft"], its["verify"], strict=True
+                    )
+                ],
+            )
+            for kind, every in raw["costs"].items()
+        ]  # fmt: skip
     predicted = _by_length((f["setting"]["name"], f["predicted"]) for f in findings)
     measured = _by_length((f["setting"]["name"], f["measured"]) for f in findings)
     if predicted:
@@ -246,7 +273,7 @@ def tune_part(name: str, raw: Raw) -> Part:
         Series(kind, range(1, len(its["acceptance_by_position"]) + 1),
                its["acceptance_by_position"], colour=i)
         for i, (kind, its) in enumerate(raw["acceptance"].items())
-        if kind != "tree" and its.get("acceptance_by_position")
+        if kind in _LONG and its.get("acceptance_by_position")
     ]  # fmt: skip
     if by_position:
         part.plots.append(

@@ -152,17 +152,19 @@ class Engine:
         return (self.group, *(self.proposer.groups if self.proposer is not None else ()))
 
     def step_costs(
-        self, sampling: SamplingParams, *, batch: int = 1, max_depth: int = 16, fresh: bool = False
-    ) -> StepCosts | None:
+        self, sampling: SamplingParams, *, batch: int = 1, max_depth: int = 16,
+        context: int | None = None, fresh: bool = False,
+    ) -> StepCosts | None:  # fmt: skip
         """Measured seconds of a step of `batch` sequences, by drafted depth, from the cache of
         measured costs where they are known; None without a proposer, and where the cache has no
         room to measure them.
 
-        fresh: measured now and kept nowhere.
+        context: tokens of each sequence, and the costs hold there only; None: of a short one, with
+        what further tokens add. fresh: measured now and kept nowhere.
         """
         if self.proposer is None:
             return None
-        return self._profiler.costs(sampling.law(), batch, max_depth, fresh=fresh)
+        return self._profiler.costs(sampling.law(), batch, max_depth, context=context, fresh=fresh)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every cache group is in order."""

@@ -12,7 +12,7 @@ import torch
 
 from specdec.cache import CachedSequence, CacheGroup
 from specdec.costs import CostCache, StepCosts, machine
-from specdec.errors import CacheFullError, NumericalError
+from specdec.errors import CacheFullError, InvalidArgumentError, NumericalError
 from specdec.forward import one_thread
 from specdec.proposers import Proposer
 from specdec.proposers.checked import checked
@@ -100,9 +100,10 @@ class _Bench:
 
 def profile(
     verifier: Verifier, proposer: Proposer, noise: Noise, law: Law, batch: int, *,
-    max_depth: int, seconds: float = 1.5,
+    max_depth: int, context: int = CONTEXT, far_context: int = FAR_CONTEXT, seconds: float = 1.5,
 ) -> StepCosts:  # fmt: skip
-    """The costs of a step of `batch` sequences sampled by `law`, up to max_depth.
+    """The costs of a step of `batch` sequences of `context` tokens sampled by `law`, up to
+    max_depth; what further tokens cost is found at far_context, and 0 where that is not far.
 
     Takes about `seconds` where single steps are quick, and a few steps where they are not. A figure
     is the median of many short rounds, for a slow spell of the machine must not meet one depth
@@ -114,7 +115,7 @@ def profile(
     draft: dict[int, list[float]] = {}
     verify: dict[int, list[float]] = {}
     rows: dict[int, int] = {}
-    with _Opened(verifier, proposer, noise, law, batch, CONTEXT, _room(proposer, grid)) as bench:
+    with _Opened(verifier, proposer, noise, law, batch, context, _room(proposer, grid)) as bench:
         began = time.perf_counter()
 
         def measure(depth: int, steps: int = _RUN) -> None:
@@ -136,11 +137,11 @@ def profile(
         catch_up = _catch_up(bench) if proposer.draft_rows(1) else 0.0
     few = [d for d in (0, 4, 1) if d in draft][:2]
     draft_slope, verify_slope, row_slope = _slopes(
-        verifier, proposer, noise, law, batch, few, seconds / 3
+        verifier, proposer, noise, law, batch, few, (context, far_context), seconds / 3
     )
     depths = sorted(draft)
     return StepCosts(
-        batch, CONTEXT, tuple(depths), tuple(rows[d] for d in depths),
+        batch, context, tuple(depths), tuple(rows[d] for d in depths),
         _rising([median(draft[d]) for d in depths]), _rising([median(verify[d]) for d in depths]),
         draft_slope, verify_slope, row_slope, catch_up,
     )  # fmt: skip
@@ -218,7 +219,7 @@ def _usual(measure: Callable[[], float]) -> float:
 
 def _slopes(
     verifier: Verifier, proposer: Proposer, noise: Noise, law: Law, batch: int,
-    depths: Items[int], seconds: float,
+    depths: Items[int], contexts: tuple[int, int], seconds: float,
 ) -> tuple[float, float, float]:  # fmt: skip
     """Seconds per further token of context: of a drafted level, of a pass, of each of its rows.
 
@@ -227,13 +228,14 @@ def _slopes(
     """
     limits = [m for m in (verifier.runner.max_positions, proposer.max_positions) if m is not None]
     room = _room(proposer, depths)
-    distance = min([FAR_CONTEXT, *(limit - room for limit in limits)]) - CONTEXT
+    context, far_context = contexts
+    distance = min([far_context, *(limit - room for limit in limits)]) - context
     if distance < CONTEXT or not isinstance(verifier.runner, ModelRunner):
         return 0.0, 0.0, 0.0
     opened = verifier, proposer, noise, law, batch
     with (
-        _Opened(*opened, CONTEXT, room) as near,
-        _Opened(*opened, CONTEXT + distance, room) as far,
+        _Opened(*opened, context, room) as near,
+        _Opened(*opened, context + distance, room) as far,
     ):
         pairs: dict[int, list[tuple[_Step, _Step]]] = {}
         began = time.perf_counter()
@@ -275,7 +277,7 @@ class Profiler:
         """groups: of all models. options: the proposer's; empty keeps costs in this engine only."""
         self._parts = verifier, proposer, noise
         self._groups, self._options = groups, options
-        self._known: dict[tuple[int, str, int], StepCosts] = {}
+        self._known: dict[tuple[object, ...], StepCosts] = {}
 
     def __call__(self, sequences: Items[Sequence], max_depth: int) -> StepCosts | None:
         """Costs of a step of this many sequences, sampled like these; as costs()."""
@@ -285,30 +287,47 @@ class Profiler:
         return self.costs(law, len(sequences), max_depth)
 
     def costs(
-        self, law: Law, batch: int, max_depth: int, *, fresh: bool = False
-    ) -> StepCosts | None:
+        self, law: Law, batch: int, max_depth: int, *, context: int | None = None,
+        fresh: bool = False,
+    ) -> StepCosts | None:  # fmt: skip
         """Costs of a step of a batch, rounded up to a power of two, sampled by this law, down to a
-        depth; None where they cannot be measured. fresh: measured now and kept nowhere."""
+        depth; None where they cannot be measured. context: measured there, and there only. fresh:
+        measured now and kept nowhere. Raises InvalidArgumentError for a context that is too short
+        or too long to be measured."""
         batch = 1 << (batch - 1).bit_length()
         mode = _mode(law)
-        where = (batch, mode, max_depth)
+        contexts = (CONTEXT, FAR_CONTEXT)
+        if context is not None:
+            contexts = (self._checked(context, max_depth),) * 2
+        where = (batch, mode, max_depth, contexts)
         if not fresh and where in self._known:
             return self._known[where]
         with nullcontext() if self._uses_threads() else one_thread():
             if fresh:
-                return self._measure(batch, law, max_depth)
-            found = self._find(batch, law, mode, max_depth)
+                return self._measure(batch, law, max_depth, contexts)
+            found = self._find(batch, law, mode, max_depth, contexts)
         if found is not None:
             self._known[where] = found
         return found
+
+    def _checked(self, context: int, max_depth: int) -> int:
+        verifier, proposer, _ = self._parts
+        limits = [m for m in (verifier.runner.max_positions, proposer.max_positions) if m]
+        most = min(limits) - _room(proposer, _grid(proposer, max_depth)) if limits else None
+        if context < CONTEXT or (most is not None and context > most):
+            end = "on" if most is None else f"to {most}"
+            raise InvalidArgumentError(f"context={context}: expected {CONTEXT} {end}")
+        return context
 
     def _uses_threads(self) -> bool:
         """Whether some runner has work for a second thread in every pass, as in a real step."""
         runners = (runner for group in self._groups for runner in group.memory)
         return any(getattr(runner, "uses_threads", True) for runner in runners)
 
-    def _find(self, batch: int, law: Law, mode: str, max_depth: int) -> StepCosts | None:
-        key = self._key(batch, mode, max_depth)
+    def _find(
+        self, batch: int, law: Law, mode: str, max_depth: int, contexts: tuple[int, int]
+    ) -> StepCosts | None:
+        key = self._key(batch, mode, max_depth, contexts)
         kept = None if key is None else CostCache(key)
         if kept is not None:
             entry = tuple(kept.key.items())
@@ -316,21 +335,28 @@ class Profiler:
                 _MEASURED[entry] = loaded
             if entry in _MEASURED:
                 return _MEASURED[entry]
-        costs = self._measure(batch, law, max_depth)
+        costs = self._measure(batch, law, max_depth, contexts)
         if kept is not None and costs is not None:
             _MEASURED[tuple(kept.key.items())] = costs
             kept.save(costs)
         return costs
 
-    def _measure(self, batch: int, law: Law, max_depth: int) -> StepCosts | None:
+    def _measure(
+        self, batch: int, law: Law, max_depth: int, contexts: tuple[int, int]
+    ) -> StepCosts | None:
         verifier, proposer, noise = self._parts
         plain = law.truncated(law.truncation, greedy=law.greedy, processors=False)
         try:
-            return profile(verifier, proposer, noise, plain, batch, max_depth=max_depth)
+            return profile(
+                verifier, proposer, noise, plain, batch, max_depth=max_depth,
+                context=contexts[0], far_context=contexts[1],
+            )  # fmt: skip
         except (CacheFullError, NumericalError):  # a model gone wrong is named by the real step
             return None
 
-    def _key(self, batch: int, mode: str, max_depth: int) -> dict[str, str] | None:
+    def _key(
+        self, batch: int, mode: str, max_depth: int, contexts: tuple[int, int]
+    ) -> dict[str, str] | None:
         verifier, proposer, _ = self._parts
         models = [_fingerprint(runner) for group in self._groups for runner in group.memory]
         if not self._options or not all(models):
@@ -339,6 +365,7 @@ class Profiler:
             **machine(), "models": " ".join(models), "mode": mode,
             "proposer": f"{proposer.name} {self._options}",
             "rule": verifier.rule, "batch": str(batch), "max_depth": str(max_depth),
+            "contexts": f"{contexts[0]} {contexts[1]}",
         }  # fmt: skip
 
 

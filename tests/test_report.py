@@ -207,7 +207,13 @@ def test_a_tuning_shows_predictions_as_lines_and_measurements_as_dots() -> None:
         "findings": [finding("draft 2", 1.4, 1.3), finding("draft 1", 1.2, None),
                      finding("plain", 1.0, 1.0), finding("draft, auto", None, 1.2)],
         "acceptance": {"draft": {"acceptance_by_position": [0.6, 0.4]}, "tree": {}},
+        "predicted_best": [{"batch": 4, "context": 64, "setting": {"name": "draft 1"},
+                            "predicted": 1.1}],
+        "costs": {"draft": [{"batch": 4, "context": 64, "rows": [1, 2], "draft": [0.0, 0.001],
+                             "verify": [0.002, 0.003]}]},
     })  # fmt: skip
+    assert part.tables[1].rows == [[4, 64, "draft 1", 1.1]]
+    assert part.tables[2].rows[1] == [4, 64, 2, "0.00100", "0.00300"]
     assert [row[0] for row in part.tables[0].rows] == ["draft 2", "plain", "draft, auto"]
     assert ("device", "cpu") in part.facts
     svg = part.plots[0].draw()
