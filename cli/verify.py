@@ -84,8 +84,9 @@ def verify(
 
     Takes every outcome of the same settings, with small drafts, on small tables; compares greedy
     texts with plain decoding's; tests sampled texts against plainly sampled ones (or, under the
-    rule gumbel, compares them seed by seed); and plants mistakes that it must see. --policy auto is
-    taken as constant, so that there is something to audit. Exit code 1 where the audit fails.
+    rule gumbel, compares them seed by seed); and plants mistakes that it must see. --policy auto
+    plans with made-up costs on the tables; with the real pair it is taken as constant, so that
+    there is something to audit. Exit code 1 where the audit fails.
     """
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p)
     plan = Plan(

@@ -7,8 +7,9 @@ interval gives it; draws by Gumbel top-k are taken in closed form, as successive
 replacement (Kool et al. 2019, 1903.06059, section 2). A coin that is read again goes on with what
 is left of its interval, so noise that two decisions or two steps share shows as a bias.
 
-Worlds that differ in their outcomes run side by side, as the sequences of one batch. Those that
-have emitted the same text over the same nodes go on from two representatives: their drafts and
+Worlds that differ in their outcomes run side by side, as the sequences of one batch; a policy that
+lets one sequence's draft hang on the others needs evals/planned.py. Worlds that have emitted the
+same text over the same nodes of drafts of one size go on from two representatives: their drafts and
 caches differ, and whatever they have seen, the next step must follow the target's law.
 """
 
@@ -43,6 +44,7 @@ _AS_IT_IS = SamplingParams()
 MakeEngine = Callable[[Noise], Engine]
 # (address, how often it was read before) -> the outcome that was taken
 Decisions = dict[tuple[int, int], int]
+Way = tuple[int, Tokens]  # nodes of a draft, and those of them that were accepted
 
 
 def emitted_law(
@@ -65,9 +67,9 @@ def emitted_law(
         steps += 1
         following: list[_Branch] = []
         for branch, leaves in _leaves(make, frontier, list(prompt), params, steps):
-            alike: dict[tuple[Tokens, Tokens], list[_Leaf]] = defaultdict(list)
+            alike: dict[tuple[Tokens, Way], list[_Leaf]] = defaultdict(list)
             for leaf in leaves:
-                alike[(branch.text + leaf.emitted)[:tokens], leaf.path].append(leaf)
+                alike[(branch.text + leaf.emitted)[:tokens], leaf.way].append(leaf)
             for (text, _), same in alike.items():
                 mass = branch.mass * sum(leaf.probability for leaf in same)
                 if len(text) == tokens:
@@ -127,7 +129,7 @@ class _Branch(NamedTuple):
 
 class _Leaf(NamedTuple):
     emitted: Tokens  # in the last step
-    path: Tokens  # nodes accepted in it
+    way: Way  # in it
     probability: float  # of the last step's decisions
     taken: Decisions
 
@@ -143,10 +145,10 @@ def _leaves(
         some, pending = pending[-_BATCH:], pending[:-_BATCH]
         worlds = [_World(branches[i].taken, given) for i, given in some]
         results = _run(make, worlds, prompt, params, steps)
-        for (i, given), world, (text, path) in zip(some, worlds, results, strict=True):
+        for (i, given), world, (text, way) in zip(some, worlds, results, strict=True):
             begun = branches[i].text
             assert text[: len(begun)] == begun, "the same outcomes led to another text"
-            found[i].append(_Leaf(text[len(begun) :], path, world.probability, world.taken))
+            found[i].append(_Leaf(text[len(begun) :], way, world.probability, world.taken))
             pending += [(i, other) for other in world.siblings(given)]
     for branch, leaves in zip(branches, found, strict=True):
         total = sum(leaf.probability for leaf in leaves)
@@ -157,17 +159,18 @@ def _leaves(
 def _run(
     make: MakeEngine, worlds: Sequence["_World"], prompt: list[int], params: SamplingParams,
     steps: int,
-) -> list[tuple[Tokens, Tokens]]:  # fmt: skip
-    """What each world emits in `steps` steps of one engine, and the nodes accepted in the last."""
+) -> list[tuple[Tokens, Way]]:  # fmt: skip
+    """What each world emits in `steps` steps of one engine, and by which way in the last."""
     engine = make(EnumeratedNoise(worlds))
-    paths: dict[int, Tokens] = {}
+    ways: dict[int, Way] = {}
     verify = engine.verifier.verify
 
     def recorded(
         sequences: Sequence[EngineSequence], trees: Sequence[TokenTree], noise: Noise
     ) -> list[Verdict]:
         verdicts = verify(sequences, trees, noise)
-        paths.update((s.seed, v.path) for s, v in zip(sequences, verdicts, strict=True))
+        pairs = zip(sequences, verdicts, strict=True)
+        ways.update((s.seed, (v.drafted, v.path)) for s, v in pairs)
         return verdicts
 
     engine.verifier.verify = recorded  # type: ignore[method-assign]
@@ -179,7 +182,7 @@ def _run(
             texts[int(record.request_id)] += record.tokens
         engine.check_integrity()
     engine.abort_all()
-    return [(text, paths[i]) for i, text in enumerate(texts)]
+    return [(text, ways[i]) for i, text in enumerate(texts)]
 
 
 class NotEnumerableError(AssertionError):

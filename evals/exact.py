@@ -2,7 +2,8 @@
 
 What drafts, the rule, the policy, the temperature and the truncation (top-k, top-p, min-p and the
 like) and processors are those of the run, in production code; the models are tables over three
-tokens, and drafts are cut to a size whose every outcome can be taken. They are compared with the
+tokens, and drafts are cut to a size whose every outcome can be taken. A table costs nothing, so the
+policy of costs plans with made-up ones (evals/planned.py). They are compared with the
 law that transformers' own processors give on each path alone (evals/audit.py). Greedy and coupled
 text has nothing random beside the seed: there each text must be the best one by those scores and
 that seed's noise. What draws in a way that has no outcomes to enumerate is sampled.
@@ -25,7 +26,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TemperatureLogitsWarper
 
-from specdec.engine import Engine
+from specdec.engine import NAMED_SHAPES, Engine
 from specdec.errors import InvalidArgumentError
 from specdec.evals.audit import (
     TOLERANCE,
@@ -35,6 +36,7 @@ from specdec.evals.audit import (
     target_law,
 )
 from specdec.evals.enumeration import Comparison
+from specdec.evals.planned import Apart, MadeUpCosts
 from specdec.evals.two_sample import g_test, sample_size
 from specdec.proposers import find
 from specdec.proposers.retrieval_build import write_index
@@ -70,6 +72,7 @@ _SMALL: dict[str, dict[str, Any]] = {
 }
 _LENGTH = {"draft": 2, "text": 2, "lookahead": 14}
 _TREE = (2, 1)
+MADE_UP = "made-up costs"
 # The times of its race are continuous.
 _SAMPLED = {"beam_tree"}
 
@@ -165,6 +168,30 @@ def _checked(
     name: str, target: Table, make: Make, options: dict[str, Any], sampling: SamplingParams, *,
     tokens: int = TOKENS,
 ) -> Finding:  # fmt: skip
+    depths = set[int]()
+    found = _compared(name, target, _watched(make, depths), options, sampling, tokens)
+    if not depths:
+        return found
+    note = f"{found.note}; drafts of {min(depths)} to {max(depths)} levels by {MADE_UP}"
+    return replace(found, note=note, details={**found.details, "depths": sorted(depths)})
+
+
+def _watched(make: Make, depths: set[int]) -> Make:
+    """Where the policy of costs plans, `depths` is told how deep."""
+
+    def watched(noise: Noise | None) -> Engine:
+        engine = make(noise)
+        if isinstance(engine.policy, Apart):
+            engine.policy.depths = depths
+        return engine
+
+    return watched
+
+
+def _compared(
+    name: str, target: Table, make: Make, options: dict[str, Any], sampling: SamplingParams,
+    tokens: int,
+) -> Finding:  # fmt: skip
     began = time.perf_counter()
     if _is_path_by_path(make(None), sampling):
         differ = _differing(make, target, sampling)
@@ -255,11 +282,17 @@ def _small(options: dict[str, Any], drafts: bool) -> Iterator[Callable[..., Engi
     with tempfile.TemporaryDirectory() as folder:
         small = small_options(options, Path(folder))
         window = small.pop("draft_window")
+        by_cost, number = plans_by_cost(options), small["num_draft_tokens"]
+        most = number if isinstance(number, int) else None
 
         def make(noise: Noise | None, target: Table, draft: Table) -> Engine:
             its = TableRunner(draft, V, window=WINDOW if window else None) if drafts else None
             runner = TableRunner(target, V)
-            return Engine(runner, draft=its, noise=noise, kv_memory=1 << 22, grow=True, **small)
+            given = small
+            if by_cost:
+                policy = Apart(lambda: MadeUpCosts(most))
+                given = {**small, "policy": policy, "num_draft_tokens": "auto"}
+            return Engine(runner, draft=its, noise=noise, kv_memory=1 << 22, grow=True, **given)
 
         yield make
 
@@ -316,6 +349,15 @@ def small_options(options: dict[str, Any], folder: Path) -> dict[str, Any]:
         small["num_draft_tokens"] = "auto"
     small["proposer_options"] = own
     return small
+
+
+def plans_by_cost(options: dict[str, Any]) -> bool:
+    """Whether an engine of these options plans by costs: unless it is told a number, or a shape."""
+    policy, number = options.get("policy") or "auto", options.get("num_draft_tokens", "auto")
+    if policy == "cost":
+        return bool(number != 0)
+    named = {*(options.get("proposer_options") or {}), *(k for k, v in options.items() if v)}
+    return policy == "auto" and number == "auto" and NAMED_SHAPES.isdisjoint(named)
 
 
 def _small_own(options: dict[str, Any], folder: Path) -> dict[str, Any]:

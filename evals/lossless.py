@@ -119,14 +119,15 @@ class Auditor:
         sampling: SamplingParams, plan: Plan, *, folder: RunFolder | None = None, seed: int = 0,
         progress: Progress = lambda items, _: iter(items), remark: Remark = lambda _: None,
     ) -> None:  # fmt: skip
-        """options: of Engine beside the models. `auto` numbers of drafted tokens become those of
-        policy="constant": where plain decoding is quicker `auto` drafts nothing, and there would be
-        nothing to audit. remark: is told how long the sampling will take. Raises
-        InvalidArgumentError where no prompt is left."""
+        """options: of Engine beside the models. With the real pair `auto` numbers of drafted tokens
+        become those of policy="constant": where plain decoding is quicker `auto` drafts nothing,
+        and there would be nothing to audit; on tables it plans, with costs that are made up.
+        remark: is told that, and how long the sampling will take. Raises InvalidArgumentError where
+        no prompt is left."""
         if not prompts:
             raise InvalidArgumentError("prompts: none is left to audit with")
         self.target, self.draft, self.sampling = target, draft, sampling
-        self.options = dict(options)
+        self.options, self._asked = dict(options), dict(options)
         if self.options.get("policy", "auto") in ("auto", "cost"):
             self.options["policy"] = "constant"
         self.prompts, self.plan, self.seed = prompts, plan, seed
@@ -136,6 +137,11 @@ class Auditor:
     def run(self) -> Audit:
         """Every part in turn; those that the folder holds are not repeated."""
         greedy = replace(self.sampling, temperature=0.0)
+        if exact.plans_by_cost(self._asked):
+            self.remark(
+                "on tables drafts are planned by costs that are made up; with the real pair a "
+                "constant number stands for the policy of costs, which might draft nothing"
+            )
         parts = [
             self._kept("exact", self._exact),
             self._kept("greedy", lambda: [self._followed(greedy, [None])]),
@@ -170,7 +176,7 @@ class Auditor:
 
     def _exact(self) -> list[Finding]:
         return exact.exact(
-            self.options, drafts=self.draft is not None, sampling=self.sampling,
+            self._asked, drafts=self.draft is not None, sampling=self.sampling,
             progress=self.progress,
         )  # fmt: skip
 
@@ -302,7 +308,7 @@ class Auditor:
 
     def _planted(self) -> list[Finding]:
         found = exact.planted(
-            self.options, drafts=self.draft is not None, sampling=self.sampling,
+            self._asked, drafts=self.draft is not None, sampling=self.sampling,
             progress=self.progress,
         )  # fmt: skip
         return [*found, *([] if self.sampling.temperature == 0 else self._planted_samples())]

@@ -42,7 +42,7 @@ _KINDS = {
     "kseq": {"tree": "iid"},
 }
 # Options of a proposer that say what shape is drafted: like a number, they are kept to.
-_NAMED_SHAPES = {"tree", "shape", "nodes", "width"}
+NAMED_SHAPES = {"tree", "shape", "nodes", "width"}
 # Up to here torch's operators around the compiled kernels are too small for a second thread.
 _LIGHT_ROWS, _LIGHT_LOGITS = 32, 1 << 19
 _DEFAULT_KV_BYTES = 2 << 30
@@ -102,7 +102,7 @@ class Engine:
         # a draft with side branches fills more slots than it can add tokens
         self._spare_slots = self.proposer.spare_slots if self.proposer is not None else 0
         preferred = self.proposer.preferred_nodes if self.proposer is not None else None
-        has_shape = policy == "auto" and not _NAMED_SHAPES.isdisjoint(options)
+        has_shape = policy == "auto" and not NAMED_SHAPES.isdisjoint(options)
         if (policy == "constant" or has_shape) and num_draft_tokens == "auto" and preferred:
             num_draft_tokens = preferred
         if draft_window is not None and isinstance(num_draft_tokens, int):

@@ -54,8 +54,27 @@ def test_sound_settings_pass_and_planted_mistakes_are_seen(
 
 def test_greedy_text_is_plain_decoding_s() -> None:
     sound, mistakes = both({"proposer": "draft"}, 0.0)
-    assert [f.note for f in sound] == ["64 of 64 texts are plain decoding's"] * 2
+    assert all(f.note.startswith("64 of 64 texts are plain decoding's; drafts") for f in sound)
     assert [f.passed for f in (*sound, *mistakes)] == [True] * 3
+
+
+@pytest.mark.parametrize("proposer", ["draft", "ngram"])
+def test_policy_of_costs_plans_with_made_up_ones(proposer: str) -> None:
+    given = {"proposer": proposer, "policy": "auto", "num_draft_tokens": "auto"}
+    sound = exact(given, drafts=proposer == "draft", sampling=SamplingParams())
+    assert all(finding.passed for finding in sound), sound
+    assert sound[0].details["depths"] == [0, 2]
+    assert sound[0].note.endswith("; drafts of 0 to 2 levels by made-up costs")
+
+
+def test_engines_that_plan_by_costs() -> None:
+    asked: list[dict[str, Any]] = [
+        {}, {"policy": "cost", "num_draft_tokens": 3}, {"policy": "cost", "tree": (2, 1)},
+        {"proposer": "tree", "tree": None, "proposer_options": {"kind": "iid"}},
+        {"num_draft_tokens": 3}, {"policy": "cost", "num_draft_tokens": 0}, {"tree": (2, 1)},
+        {"policy": "confidence"}, {"proposer": "tree", "proposer_options": {"shape": [-1]}},
+    ]  # fmt: skip
+    assert [module.plans_by_cost(options) for options in asked] == [True] * 4 + [False] * 5
 
 
 def test_lossy_rule_fails() -> None:
