@@ -7,17 +7,19 @@ from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import specdec
 from specdec import Engine, SamplingParams
 from specdec.cache import CacheGroup
-from specdec.errors import InvalidArgumentError
+from specdec.errors import InvalidArgumentError, SpecDecError
 from specdec.proposers import suffix, suffix_automaton
-from specdec.proposers.past_outputs import PastOutputs
+from specdec.proposers.past_outputs import PastOutputs, _checksum
 from specdec.proposers.suffix import Draft, Settings, SuffixProposer
 from specdec.proposers.suffix_automaton import ROOT, Match, SuffixAutomaton
 from specdec.rng import PhiloxNoise
@@ -304,6 +306,29 @@ def damage(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
+def signed(
+    vocab_size: int, tokens: NDArray[np.generic], ends: NDArray[np.generic]
+) -> dict[str, Any]:
+    """What another program may write, its checksum right."""
+    return {
+        "format": np.int64(1), "vocab_size": np.int64(vocab_size), "tokens": tokens, "ends": ends,
+        "checksum": _checksum(vocab_size, tokens, ends),
+    }  # fmt: skip
+
+
+def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    for path, reason in (
+        (tmp_path / "none" / "past", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        with pytest.raises(SpecDecError, match=f"{path}: past outputs cannot be saved: {reason}"):
+            SuffixProposer().save(path)
+    with pytest.raises(InvalidArgumentError, match="path=5: expected the path of a file"):
+        SuffixProposer().save(5)  # type: ignore[arg-type]
+    assert list(tmp_path.parent.glob(f"{tmp_path.name}*")) == [tmp_path]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     past = PastOutputs(1000, 16)
     past.add(list(range(200)))
@@ -324,6 +349,13 @@ def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
         "newer": {**good, "format": np.int64(2)},
         "foreign": {"weights": np.zeros(3)},
         "objects": {**good, "tokens": np.array([{}, 1], dtype=object)},
+        "several formats": {**good, "format": np.arange(3)},
+        "no size": {**good, "vocab_size": np.array("x")},
+        "two dimensions": signed(300, good["tokens"][None], good["ends"]),
+        "wide": signed(300, good["tokens"].astype(np.int64), good["ends"]),
+        "too long": signed(300, good["tokens"], good["ends"] + 1),
+        "backwards": signed(300, good["tokens"], np.array([-5, 200])),
+        "outside": signed(199, good["tokens"], good["ends"]),
     }
     for name, held in wrong.items():
         if held is not None:
@@ -333,12 +365,20 @@ def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
             np.savez(stream, **arrays)
     with (tmp_path / "bare").open("wb") as stream:
         np.save(stream, np.arange(4))
-    for name in [*wrong, *others, "bare"]:
+    with ZipFile(tmp_path / "no arrays", "w") as archive:
+        for name in good:
+            archive.writestr(name, "text")
+    for name in [*wrong, *others, "bare", "no arrays"]:
         with pytest.raises(InvalidArgumentError) as caught:
             SuffixProposer(cache_file=tmp_path / name)
         message = str(caught.value)
-        assert message.startswith(f"{tmp_path / name}: expected past outputs saved by specdec")
+        where = str(tmp_path / name)
+        assert message.startswith(f"cache_file={where!r}: expected past outputs saved by specdec")
         assert "\n" not in message
+        assert "pickle" not in message
+    for each in (5, b"past"):
+        with pytest.raises(InvalidArgumentError, match=r"cache_file=.*: expected the path of a fi"):
+            SuffixProposer(cache_file=each)  # type: ignore[arg-type]
     assert SuffixProposer(cache_file=file).past.outputs == [list(range(200))]
 
 

@@ -2,18 +2,17 @@
 
 import hashlib
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.errors import InvalidArgumentError
+from specdec.errors import InvalidArgumentError, SpecDecError
 from specdec.proposers.suffix_automaton import SuffixAutomaton
 
 _FORMAT = 1
+_MAGIC = b"PK\x03\x04"
 _FIELDS = ("format", "vocab_size", "tokens", "ends", "checksum")
 
 
@@ -67,32 +66,49 @@ class PastOutputs:
         self.version += 1
 
     def save(self, path: str | os.PathLike[str], vocab_size: int) -> None:
-        """Writes the outputs to a file, whole or not at all."""
+        """Writes the outputs to a file, whole or not at all. Raises SpecDecError where it cannot be
+        written."""
+        if not isinstance(path, str | os.PathLike):
+            raise InvalidArgumentError(f"path={path!r}: expected the path of a file")
         outputs = self._now.outputs
         tokens = np.concatenate(outputs) if outputs else np.empty(0, np.int32)
         ends = np.cumsum([len(output) for output in outputs], dtype=np.int64)
         sizes = {"format": np.int64(_FORMAT), "vocab_size": np.int64(vocab_size)}
         part = Path(f"{os.fspath(path)}.part")
-        with part.open("wb") as file:
-            np.savez(
-                file, allow_pickle=False, tokens=tokens, ends=ends,
-                checksum=_checksum(vocab_size, tokens, ends), **sizes,
-            )  # fmt: skip
-        part.replace(path)
+        try:
+            try:
+                with part.open("wb") as file:
+                    np.savez(
+                        file, allow_pickle=False, tokens=tokens, ends=ends,
+                        checksum=_checksum(vocab_size, tokens, ends), **sizes,
+                    )  # fmt: skip
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise SpecDecError(
+                f"{os.fspath(path)}: past outputs cannot be saved: {error.strerror or error}"
+            ) from error
 
     def load(self, path: str | os.PathLike[str]) -> int:
         """Adds the outputs of a file; returns the vocabulary size that they were made with.
 
-        Raises InvalidArgumentError, naming the file, for one that is missing, damaged, of another
-        version or of another kind.
+        Raises InvalidArgumentError, naming the argument and the file, for one that is missing,
+        damaged, of another version or of another kind.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise InvalidArgumentError(f"cache_file={path!r}: expected the path of a file")
         fields = _read(path)
-        if fields["format"] != _FORMAT:
-            raise _refuse(path, f"its format is {fields['format']}, not {_FORMAT}")
-        vocab_size = int(fields["vocab_size"])
+        version = _number(path, fields, "format")
+        if version != _FORMAT:
+            raise _refuse(path, f"its format is {version}, not {_FORMAT}")
+        vocab_size = _number(path, fields, "vocab_size")
         tokens, ends = fields["tokens"], fields["ends"]
         if not np.array_equal(_checksum(vocab_size, tokens, ends), fields["checksum"]):
             raise _refuse(path, "its checksum does not match its contents")
+        fault = _fault(tokens, ends, vocab_size)
+        if fault:
+            raise _refuse(path, fault)
         for output in np.split(tokens, ends[:-1]):
             self.add(output.tolist())
         return vocab_size
@@ -107,23 +123,48 @@ def _checksum(
     return np.frombuffer(digest.digest(), np.uint8)
 
 
+def _number(path: str | os.PathLike[str], fields: dict[str, NDArray[np.generic]], name: str) -> int:
+    field = fields[name]
+    if field.shape or field.dtype != np.int64:
+        raise _refuse(path, f"its {name} is no number")
+    return int(field)
+
+
+def _fault(tokens: NDArray[np.generic], ends: NDArray[np.generic], vocab_size: int) -> str:
+    """What is wrong with contents that are as they were written; empty where nothing is."""
+    if tokens.ndim != 1 or tokens.dtype != np.int32 or ends.ndim != 1 or ends.dtype != np.int64:
+        return "its arrays are of another shape or type"
+    if (np.diff(ends, prepend=0) < 0).any() or (int(ends[-1]) if len(ends) else 0) != len(tokens):
+        return "its outputs do not end where its tokens do"
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        return f"it has tokens outside its vocabulary of {vocab_size}"
+    return ""
+
+
 def _read(path: str | os.PathLike[str]) -> dict[str, NDArray[np.generic]]:
     try:
         with Path(path).open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise _refuse(path, "it holds a bare array")
-            with file:
-                return {name: file[name] for name in _FIELDS}
-    except KeyError as error:
-        raise _refuse(path, f"it has no {error}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, InvalidArgumentError):
-            raise
-        raise _refuse(path, str(error)) from error
+            if stream.read(len(_MAGIC)) != _MAGIC:
+                raise _refuse(path, "it does not begin like one")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as file:
+                missing = set(_FIELDS) - set(file.files)
+                if missing:
+                    raise _refuse(path, f"it has no {min(missing)}")
+                fields = {name: file[name] for name in _FIELDS}
+    except InvalidArgumentError:
+        raise
+    except OSError as error:
+        raise _refuse(path, error.strerror or str(error)) from error
+    except Exception as error:  # numpy and zipfile have many words for it
+        raise _refuse(path, f"it is damaged ({type(error).__name__})") from error
+    if not all(isinstance(field, np.ndarray) for field in fields.values()):
+        raise _refuse(path, "it holds something else than arrays")
+    return fields
 
 
 def _refuse(path: str | os.PathLike[str], reason: str) -> InvalidArgumentError:
     return InvalidArgumentError(
-        f"{os.fspath(path)}: expected past outputs saved by specdec's suffix proposer: {reason}"
+        f"cache_file={os.fspath(path)!r}: expected past outputs saved by specdec's suffix "
+        f"proposer: {reason}"
     )

@@ -76,7 +76,8 @@ class SuffixProposer(Proposer):
         self._empty = TokenTree.empty(self._device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the past outputs, for cache_file of a later run."""
+        """Writes the past outputs, for cache_file of a later run. Raises SpecDecError where the
+        file cannot be written."""
         self.past.save(path, self._vocab_size)
 
     def start(self, sequence: Sequence) -> None:
