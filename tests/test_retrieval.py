@@ -1,5 +1,6 @@
 """Retrieval: what a scan of the corpus would find, from files that are checked and never loaded."""
 
+import hashlib
 import json
 import random
 import tracemalloc
@@ -18,6 +19,7 @@ from specdec import Engine, SamplingParams
 from specdec.cache import CacheGroup
 from specdec.cli.main import main
 from specdec.errors import InvalidArgumentError
+from specdec.proposers import retrieval_index
 from specdec.proposers.retrieval import (
     RetrievalProposer,
     Trie,
@@ -27,6 +29,7 @@ from specdec.proposers.retrieval import (
 from specdec.proposers.retrieval_build import build_index, suffix_array, write_index
 from specdec.proposers.retrieval_index import (
     HEADER_BYTES,
+    MAGIC,
     NO_MATCH,
     Header,
     Match,
@@ -333,8 +336,31 @@ def test_missing_file_and_other_version_are_refused(tmp_path: Path, make: Make) 
             RetrievalIndex(path.with_name("other.idx"))
 
 
+@pytest.mark.parametrize("body", [b"[1]", b"null", b"5", b"[" * 4056, b"{}"], ids=lambda b: b[:5])
+def test_header_of_another_program_is_refused(tmp_path: Path, body: bytes) -> None:
+    body = body.ljust(HEADER_BYTES - len(MAGIC) - 32)
+    (tmp_path / "list.idx").write_bytes(MAGIC + hashlib.sha256(body).digest() + body)
+    with pytest.raises(InvalidArgumentError, match=r"index='.*list.idx': expected a file made by"):
+        RetrievalIndex(tmp_path / "list.idx")
+
+
 @pytest.mark.parametrize("what", ["tokens", "suffixes"])
-def test_damaged_contents_are_found_on_request_and_never_crash(make: Make, what: str) -> None:
+def test_damaged_contents_of_a_small_file_are_found_when_it_is_opened(
+    make: Make, what: str
+) -> None:
+    index = make([[1, 2, 3, 4] * 20])
+    data = bytearray(Path(index.path).read_bytes())
+    data[HEADER_BYTES + 9 if what == "tokens" else index.header.suffixes_at + 9] ^= 1
+    Path(index.path).write_bytes(data)
+    with pytest.raises(InvalidArgumentError, match=f"some.idx': .*: its {what} are damaged"):
+        RetrievalProposer(index=index.path)
+
+
+@pytest.mark.parametrize("what", ["tokens", "suffixes"])
+def test_damaged_contents_of_a_large_file_are_found_on_request_and_never_crash(
+    make: Make, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval_index, "CHECKED_BYTES", 0)
     index = make([[1, 2, 3, 4] * 20])
     index.check_contents()
     data = bytearray(Path(index.path).read_bytes())
@@ -464,6 +490,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 BAD = [
     ("a.txt", b"", "corpus: it holds no text"),
     ("a.jsonl", b"\n\n", "corpus: it holds no text"),
+    ("a.txt", b" \n\t\r\n ", "corpus: it holds no text but white space"),
+    ("a.jsonl", b'{"text": ""}\n{"text": " \\n"}\n', "corpus: it holds no text but white space"),
     ("a.txt", b"abc\n\xff\xfe def", r"a.txt', byte 4: it is not UTF-8 text"),
     ("a.txt", b"abc \xc3", r"a.txt', byte 4: it is not UTF-8 text"),
     ("a.txt", b"MZ\0\0", r"a.txt', it holds a zero byte"),

@@ -39,14 +39,15 @@ def build_index(
     A file is one document; of a file *.jsonl every line is one, an object whose `field` is its
     text. No draft goes past the end of a document. Memory: some 48 bytes per token of a shard, and
     the longest line of JSON; more shards mean longer searches. Raises InvalidArgumentError for
-    files that cannot be read, are binary or malformed, and where all of them hold no text.
+    files that cannot be read, are binary or malformed, and where all of them hold no text, or none
+    but white space.
     """
     if not corpus:
         raise InvalidArgumentError("corpus: expected at least one file")
     for path in corpus:
         if Path(out).exists() and Path(path).exists() and Path(out).samefile(path):
             raise InvalidArgumentError(f"out={os.fspath(out)!r}: it is the corpus")
-    pieces = _tokenized(_pieces(corpus, field, progress), tokenizer)
+    pieces = _tokenized(_not_blank(_pieces(corpus, field, progress)), tokenizer)
     # ids may have gaps, so that their number says too little
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     return write_index(
@@ -207,6 +208,17 @@ def _pieces(
         except _BadCorpusError as error:
             raise InvalidArgumentError(f"corpus {os.fspath(path)!r}, {error}") from error
         before += size
+
+
+def _not_blank(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """The same. Raises InvalidArgumentError behind the last where all were white space."""
+    kinds = set[bool]()
+    for text, ends in pieces:
+        if text:
+            kinds.add(text.isspace())
+        yield text, ends
+    if kinds == {True}:
+        raise InvalidArgumentError("corpus: it holds no text but white space")
 
 
 class _BadCorpusError(Exception):

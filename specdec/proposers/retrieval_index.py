@@ -21,6 +21,7 @@ HEADER_BYTES = 4096
 SUFFIX_DTYPE = np.dtype("<u4")
 _DIGEST_BYTES = 32
 _READ_BYTES = 1 << 24
+CHECKED_BYTES = 64 << 20  # a file of at most so many is read and checked when it is opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,12 @@ class Header:
         digest, body = data[len(MAGIC) :][:_DIGEST_BYTES], data[len(MAGIC) + _DIGEST_BYTES :]
         if hashlib.sha256(body).digest() != digest:
             raise ValueError("its header is damaged: the checksum does not match")
-        fields = json.loads(body)
+        try:
+            fields = json.loads(body)
+        except RecursionError as error:
+            raise ValueError("its header is nested") from error
+        if not isinstance(fields, dict):
+            raise ValueError("its header is no JSON object")
         if fields.get("version") != VERSION:
             raise ValueError(f"its version is {fields.get('version')}, not {VERSION}")
         return Header(**fields)
@@ -98,8 +104,9 @@ NO_MATCH = Match(0, ())
 
 
 class RetrievalIndex:
-    """An index file, opened without being read: size, version and the header's checksum are
-    checked, the contents when `check_contents` is called.
+    """An index file, memory-mapped: size, version and the header's checksum are checked; of a file
+    of at most CHECKED_BYTES the contents too, of a larger one, which is opened without being read,
+    when `check_contents` is called.
 
     A search costs a binary search of each shard per halving of the longest length; the pages that
     it touches stay in the operating system's cache, and nowhere else.
@@ -118,6 +125,8 @@ class RetrievalIndex:
             raise self._refusal(reason or str(error)) from error
         if size != self.header.file_bytes:
             raise self._refusal(f"it has {size} bytes, its header says {self.header.file_bytes}")
+        if size <= CHECKED_BYTES:
+            self.check_contents()
         header = self.header
         tokens = np.memmap(path, header.token_dtype, "r", HEADER_BYTES, (header.num_tokens,))
         suffixes = np.memmap(path, SUFFIX_DTYPE, "r", header.suffixes_at, (header.num_tokens,))
