@@ -35,7 +35,7 @@ from specdec.cli.options import (
 )
 from specdec.errors import InvalidArgumentError
 from specdec.evals import prompts as prompt_sets
-from specdec.evals.bench import Bench, Dialogue, Task, TokenPrompts
+from specdec.evals.bench import RECORD_SHAPES, Bench, Dialogue, Task, TokenPrompts
 from specdec.evals.contenders import Speculation
 from specdec.evals.folder import RunFolder
 from specdec.evals.gate import Gate
@@ -185,7 +185,7 @@ def bench(
         "top_k": top_k, "top_p": top_p, "rounds": rounds, "seed": seed,
         "verification": verification, "device": where, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    folder = RunFolder(out, "bench", settings)
+    folder = RunFolder(out, "bench", settings, RECORD_SHAPES)
     if acceptance is None:
         rows = lineup(models, sampling, wanted)
     else:

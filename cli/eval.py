@@ -26,7 +26,7 @@ from specdec.cli.options import (
     truncation_options,
 )
 from specdec.errors import InvalidArgumentError
-from specdec.evals.acceptance import Evaluation, Setting, Task
+from specdec.evals.acceptance import RECORD_SHAPES, Evaluation, Setting, Task
 from specdec.evals.contenders import Speculation
 from specdec.evals.folder import RunFolder
 from specdec.evals.provenance import model_facts, prompts_sha256
@@ -122,6 +122,7 @@ def evaluate(
             "samples": samples, "timed": timed, "rounds": rounds, "seed": seed,
             "device": str(pair.target.device),
         },
+        RECORD_SHAPES,
     )  # fmt: skip
     found = Evaluation(
         pair.target, settings, tasks, folder=folder, samples=samples, rounds=rounds, timed=timed,

@@ -22,7 +22,7 @@ from specdec.cli.options import (
 )
 from specdec.errors import InvalidArgumentError
 from specdec.evals.folder import RunFolder
-from specdec.evals.lossless import Audit, Auditor, Plan
+from specdec.evals.lossless import RECORD_SHAPES, Audit, Auditor, Plan
 from specdec.evals.provenance import model_facts, prompts_sha256
 from specdec.sampling import SamplingParams
 
@@ -115,7 +115,7 @@ def verify(
         "sampled_tokens": sampled_tokens, "sampled_prompts": sampled_prompts,
         "sampled_context": sampled_context, "cells": cells, "seed": seed,
     }  # fmt: skip
-    folder = RunFolder(out, "verify", settings)
+    folder = RunFolder(out, "verify", settings, RECORD_SHAPES)
     audit = Auditor(
         pair.target, pair.draft, pair.options, rows, sampling, plan,
         folder=folder, seed=seed, progress=with_bar, remark=remark,

@@ -19,7 +19,7 @@ from specdec.costs import StepCosts
 from specdec.engine import Engine
 from specdec.errors import InvalidArgumentError
 from specdec.evals.estimates import Estimate, ratio
-from specdec.evals.folder import RunFolder
+from specdec.evals.folder import RunFolder, Shape
 from specdec.optimal import fastest_shape
 from specdec.profiling import now
 from specdec.rng import Noise, derive_seed
@@ -31,6 +31,12 @@ from specdec.verifier import Verdict
 BINS = 10  # of the draft's confidence
 TREE_NODES, TREE_DEPTH = 48, 8
 _TOGETHER = 8  # prompts
+
+# Of the records of its folder: counts of a prompt, and its seconds per token.
+RECORD_SHAPES: tuple[Shape, ...] = (
+    {"kind": str, "setting": str, "set": str, "prompt": str, "tally": dict},
+    {"kind": str, "setting": str, "set": str, "prompt": str, "plain": float, "speculative": float},
+)
 
 Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 

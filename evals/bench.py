@@ -10,13 +10,19 @@ from statistics import mean, median, quantiles
 from typing import Any
 
 from specdec.evals.contenders import PLAIN, Contender, Ours, Turn
-from specdec.evals.folder import RunFolder
+from specdec.evals.folder import RunFolder, Shape
 from specdec.evals.gate import Gate, Verdict, uniform_p_value
 from specdec.evals.prompts import Prompt
 from specdec.rng import derive_seed
 
 Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 Record = dict[str, Any]
+
+
+# Of the records of its folder.
+RECORD_SHAPES: tuple[Shape, ...] = (
+    {"row": str, "task": int, "set": str, "prompt": str, "round": int, "turns": list},
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 a run that was interrupted goes on where it stood."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from specdec.evals.provenance import provenance
 
 FORMAT = 1
 RUN, RECORDS, SUMMARY = "run.json", "records.jsonl", "summary.json"
+Shape = Mapping[str, type]  # what a record must have under which names
 
 
 class RunFolder:
@@ -17,11 +19,14 @@ class RunFolder:
 
     A folder that exists is resumed where it holds a run of the same kind and settings. Raises
     InvalidArgumentError where it does not, and for a file in it that is damaged; a last line that
-    was cut off by an interruption is dropped.
+    was cut off by an interruption is dropped. shapes: those that a record can have; one that has
+    none of them is somebody else's.
     """
 
-    def __init__(self, path: Path | None, kind: str, settings: dict[str, Any]) -> None:
-        self.path, self.kind = path, kind
+    def __init__(
+        self, path: Path | None, kind: str, settings: dict[str, Any], shapes: Sequence[Shape] = ()
+    ) -> None:
+        self.path, self.kind, self.shapes = path, kind, shapes
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.records: list[dict[str, Any]] = []
         self.sessions: list[dict[str, Any]] = []
@@ -53,7 +58,7 @@ class RunFolder:
                     "another folder, or use the same settings to resume"
                 )
         self.sessions = head["sessions"]
-        self.records = read_records(path, repair=True)
+        self.records = read_records(path, self.shapes, repair=True)
 
     def append(self, record: dict[str, Any]) -> None:
         """Keeps one record, at once."""
@@ -78,8 +83,10 @@ def read_head(path: Path) -> dict[str, Any]:
     try:
         head = json.loads((path / RUN).read_text(encoding="utf-8"))
         version = head["format"]
-        {head[name] for name in ("kind",)} | {type(head[n]) for n in ("settings", "sessions")}
-    except (ValueError, KeyError, TypeError) as error:
+        for name, wanted in (("kind", str), ("settings", dict), ("sessions", list)):
+            if not isinstance(head[name], wanted):
+                raise ValueError(f"its {name} is no {wanted.__name__}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidArgumentError(f"{path / RUN}: damaged: {error}") from error
     if version != FORMAT:
         raise InvalidArgumentError(f"{path / RUN}: format {version!r}: expected {FORMAT}")
@@ -87,25 +94,40 @@ def read_head(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_records(path: Path, *, repair: bool = False) -> list[dict[str, Any]]:
+def read_records(
+    path: Path, shapes: Sequence[Shape] = (), *, repair: bool = False
+) -> list[dict[str, Any]]:
     """The records so far. A last line without its end was cut off: it is passed over, and with
-    repair taken out of the file. Raises InvalidArgumentError naming a line that is damaged."""
+    repair taken out of the file. Raises InvalidArgumentError naming a line that is damaged, or that
+    has none of the shapes where there are any."""
     file = path / RECORDS
     if not file.is_file():
         return []
-    whole, cut, rest = file.read_text(encoding="utf-8").rpartition("\n")
+    try:
+        whole, cut, rest = file.read_text(encoding="utf-8").rpartition("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"{file}: it is not UTF-8 text") from error
     if repair and rest:
         file.write_text(whole + cut, encoding="utf-8")
     records = []
     for number, line in enumerate(whole.split("\n") if whole else [], 1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidArgumentError(f"{file}:{number}: not JSON") from error
         if not isinstance(record, dict):
             raise InvalidArgumentError(f"{file}:{number}: expected an object")
+        if shapes and not any(_has(record, shape) for shape in shapes):
+            expected = ", or ".join(", ".join(shape) for shape in shapes)
+            raise InvalidArgumentError(
+                f"{file}:{number}: it is no record of this run: expected {expected}"
+            )
         records.append(record)
     return records
+
+
+def _has(record: dict[str, Any], shape: Shape) -> bool:
+    return all(isinstance(record.get(name), kind) for name, kind in shape.items())
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,7 @@ from specdec.engine import Engine
 from specdec.errors import InvalidArgumentError
 from specdec.evals import exact
 from specdec.evals.exact import Finding, Progress
-from specdec.evals.folder import RunFolder
+from specdec.evals.folder import RunFolder, Shape
 from specdec.evals.gate import Gate, Near
 from specdec.evals.two_sample import Answer, Text, g_test, sample_size
 from specdec.rng import derive_seed
@@ -32,6 +32,12 @@ PLANTED_DISTANCE = 0.1  # what the run with a planted mistake is sized for: the 
 PATHS = 4  # seeds per prompt of a path-by-path comparison
 _PROBED = 2  # records of each side after which the time that is left is known
 _WORTH_SAYING = 60  # seconds
+
+# Of the records of its folder: findings of a part, and texts that were sampled.
+RECORD_SHAPES: tuple[Shape, ...] = (
+    {"part": str, "findings": list},
+    {"part": str, "side": str, "row": int, "begin": int, "drafted": int, "texts": list},
+)
 
 Remark = Callable[[str], None]
 

@@ -145,8 +145,19 @@ def test_run_of_another_kind_or_setting_is_refused(
     refused(cli(*args, str(tmp_path / "other")), f"a run of specdec chess, not of {command}")
     assert cli(*args, str(tmp_path / "run")).exit_code == 0
     refused(cli(*args, str(tmp_path / "run"), "--seed", "5"), "its run has seed=0, this one 5")
-    (tmp_path / "run" / "records.jsonl").write_text("{}\nnot\n")
-    refused(cli(*args, str(tmp_path / "run")), "records.jsonl:2: not JSON")
+    records = tmp_path / "run" / "records.jsonl"
+    kept = records.read_bytes()
+    assert cli(*args, str(tmp_path / "run")).exit_code == 0  # its own records are taken
+    first = kept.splitlines(keepends=True)[0]
+    for line, message in (
+        (b"not", "records.jsonl:2: not JSON"),
+        (b"[" * 9999, "records.jsonl:2: not JSON"),
+        (b"{}", "records.jsonl:2: it is no record of this run: expected "),
+        (b'{"kind": "tally", "part": 3, "row": "x"}', "records.jsonl:2: it is no record of this"),
+        (b"\xff", "records.jsonl: it is not UTF-8 text"),
+    ):
+        records.write_bytes(first + line + b"\n")
+        refused(cli(*args, str(tmp_path / "run")), message)
 
 
 def test_run_on_other_prompts_of_the_same_names_is_refused(
