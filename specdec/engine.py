@@ -15,7 +15,7 @@ from specdec.cache import CacheGroup, pages_for_memory
 from specdec.costs import StepCosts
 from specdec.errors import InvalidArgumentError
 from specdec.forward import one_thread
-from specdec.policy import Policy, make_policy
+from specdec.policy import Policy, make_policy, planned
 from specdec.profiling import Profiler
 from specdec.proposers import (
     DraftModelProposer,
@@ -106,7 +106,7 @@ class Engine:
         if (policy == "constant" or has_shape) and num_draft_tokens == "auto" and preferred:
             num_draft_tokens = preferred
         if draft_window is not None and isinstance(num_draft_tokens, int):
-            _check_window(draft_window, max(num_draft_tokens, self._spare_slots))
+            _check_window(draft_window, num_draft_tokens)
         self.policy = make_policy(policy, num_draft_tokens)
         self.noise = noise or PhiloxNoise()
         self.group = CacheGroup(PAGE_SIZE, 0, self.target.device)
@@ -347,9 +347,9 @@ class Engine:
         rooms = [
             max(0, min([s.remaining - 1, *(m - len(s.tokens) for m in limits)])) for s in sequences
         ]
-        planned = self.policy.plan(sequences, rooms)
+        wanted = planned(self.policy, sequences, rooms)
         fitting = [self.proposer.nodes_within(room) if room else 0 for room in rooms]
-        budgets = [min(pair) for pair in zip(planned, fitting, strict=True)]
+        budgets = [min(pair) for pair in zip(wanted, fitting, strict=True)]
         trees = self.proposer.propose(sequences, budgets, self.noise)
         where = self.target.vocab_size, self.target.device
         trees = checked(self.proposer, trees, sequences, budgets, *where)

@@ -538,3 +538,36 @@ def test_named_tree_is_kept_to_and_the_cost_model_cuts_it(target: Model, draft: 
         list(engine)
         assert (max(trees_of(engine)) == 15) == whole
         assert set(trees_of(engine)) <= {0, 3, 9, 15}
+
+
+class Says(Policy):
+    """Plans what a test gave."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def plan(self, sequences: Items[Any], rooms: Items[int]) -> list[int]:
+        del sequences, rooms
+        planned: list[int] = self.found
+        return planned
+
+
+@pytest.mark.parametrize(
+    "found", [[-1], [], [1, 2], None, [1.5], [None], ["3"], [True], 3, (3,)], ids=repr
+)
+def test_plan_that_is_no_number_per_sequence_is_named(
+    target: Model, draft: Model, found: Any
+) -> None:
+    engine = Engine(target, draft=draft, policy=Says(found), kv_memory=KV)
+    engine.add_request(PROMPT, SamplingParams(max_new_tokens=8, temperature=0))
+    with pytest.raises(InvalidArgumentError, match=r"policy=Says: its plan\(\) gave .* of 1 whole"):
+        engine.step()
+    engine.abort_all()
+    assert engine.group.used == 0
+
+
+def test_plan_of_more_than_fits_is_cut(target: Model, draft: Model) -> None:
+    engine = Engine(target, draft=draft, policy=Says([10**6]), kv_memory=KV)
+    engine.add_request(PROMPT, SamplingParams(max_new_tokens=8, temperature=0))
+    assert len(next(iter(engine)).token_ids) == 8
+    assert 0 < max(engine.stats.drafted_lengths) <= 7

@@ -375,6 +375,22 @@ def test_window_shorter_than_the_drafts_is_refused(
         specdec.wrap(target, draft=draft, draft_window=16, **options)
 
 
+def test_window_as_long_as_the_named_number_of_drafts_is_enough(
+    pair: tuple[Model, Model],
+) -> None:
+    """Whatever a proposer would draft where no number is named."""
+    target, draft = pair
+    params = SamplingParams(max_new_tokens=60, temperature=0)
+    prompts = [prompt_of(50)]
+    wanted = texts(Engine(target, kv_memory=KV), prompts, params, [1])
+    for options in ({"proposer": "dynamic_tree"}, {"tree": (4, 4)}):
+        engine = Engine(
+            target, draft=draft, draft_window=16, num_draft_tokens=16, kv_memory=KV, **options
+        )
+        assert texts(engine, prompts, params, [1]) == wanted
+        assert 0 < max(engine.stats.drafted_lengths) <= 16
+
+
 def test_window_needs_a_draft_model(pair: tuple[Model, Model]) -> None:
     target, draft = pair
     for options in ({}, {"proposer": "ngram"}):

@@ -11,6 +11,7 @@ from specdec.policy.base import (
     Policy,
     Steady,
     checked_number,
+    planned,
 )
 from specdec.policy.cost import CostPolicy
 from specdec.policy.simple import ConfidencePolicy, ConstantPolicy, HeuristicPolicy
@@ -18,6 +19,7 @@ from specdec.policy.simple import ConfidencePolicy, ConstantPolicy, HeuristicPol
 __all__ = [
     "DEFAULT_DRAFT_TOKENS", "MAX_DRAFT_TOKENS", "POLICIES", "ConfidencePolicy", "ConstantPolicy",
     "CostPolicy", "HeuristicPolicy", "Measure", "Policy", "Steady", "make_policy",
+    "planned",
 ]  # fmt: skip
 
 POLICIES = ("auto", "constant", "heuristic", "confidence", "cost")

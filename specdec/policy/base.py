@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence as Items
+from typing import Any
 
 from specdec.costs import StepCosts
 from specdec.errors import InvalidArgumentError
@@ -51,6 +52,22 @@ class Policy(ABC):
     def forget(self, sequence: Sequence) -> None:
         """A sequence is over."""
         del sequence
+
+
+def planned(policy: Policy, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
+    """policy.plan(sequences, rooms). Raises InvalidArgumentError, naming the policy, unless it is
+    one whole number per sequence, 0 or more."""
+    found: Any = policy.plan(sequences, rooms)
+    if type(found) is list and len(found) == len(sequences):
+        for nodes in found:
+            if type(nodes) is not int or nodes < 0:
+                break
+        else:
+            return found
+    raise InvalidArgumentError(
+        f"policy={type(policy).__name__}: its plan() gave {found!r}: expected a list of "
+        f"{len(sequences)} whole numbers, 0 or more, one per sequence"
+    )
 
 
 def checked_number(number: object, *, least: int) -> int:

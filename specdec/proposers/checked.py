@@ -79,9 +79,10 @@ def join(proposer: Proposer, group: CacheGroup, vocab_size: int) -> None:
     _whole_number(proposer, "max_positions", 1, None, optional=True)
     for depth in _DEPTHS:
         nodes: Any = proposer.nodes_within(depth)
-        if not _is_whole(nodes) or nodes < 0:
+        most = max(depth, proposer.preferred_nodes or 0)  # so many slots are held for it
+        if not _is_whole(nodes) or not 0 <= nodes <= most:
             raise _refuse(
-                proposer, f"nodes_within({depth})={nodes!r}: expected a whole number, 0 or more"
+                proposer, f"nodes_within({depth})={nodes!r}: expected a whole number, 0 to {most}"
             )
     rows: Any = proposer.draft_rows(1)
     if not isinstance(rows, tuple) or not all(_is_whole(n) and n >= 1 for n in rows):
