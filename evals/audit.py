@@ -365,8 +365,8 @@ class Coins:
         if name == "where":
             condition, first, second = args
             return first._moved(torch.where(condition, first.names, second.names))
-        if name == "cat":
-            return args[0][0]._moved(torch.cat([part.names for part in args[0]]))
+        if name in ("cat", "stack"):
+            return args[0][0]._moved(function([part.names for part in args[0]], *args[1:]))
         if name == "searchsorted":
             assert kwargs == {"right": True}
             return args[1]._search(args[0])

@@ -11,6 +11,7 @@ import pytest
 from specdec.errors import InvalidArgumentError
 from specdec.evals.check_results import main as check
 from specdec.evals.markdown import table
+from specdec.evals.results_audits import planted_power
 from specdec.evals.results_kernels import gpu_bench, kernel_compile
 from specdec.evals.results_page import page
 from specdec.evals.results_sections import SECTIONS, bench
@@ -144,6 +145,14 @@ def test_audits_of_the_evaluation_become_tables() -> None:
         if name in files:
             assert rows.pop(name) in section.make({section.pattern: files[name]})
     assert rows == {}
+    planted = files["planted_power"]
+    assert "caught. Sound ones in the same machinery, caught: 0 of 1." in _words(planted)
+    del planted["faults"][1]
+    assert "Sound" not in _words(planted)
+
+
+def _words(raw: dict[str, Any]) -> str:
+    return " ".join(planted_power({"planted_power.json": raw}))
 
 
 def test_a_failed_audit_is_shown_as_one(results: Path) -> None:

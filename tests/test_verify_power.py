@@ -13,6 +13,7 @@ from specdec.evals.wrong_rules import LEGAL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+RAW = Path(__file__).parents[1] / "evals" / "results" / "verify_power.json"
 BY_NAME = {mistake.name: mistake for mistake in verify_power.mistakes()}
 
 
@@ -60,3 +61,47 @@ def test_script_writes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     content = json.loads(out.read_text())
     assert [fault["name"] for fault in content["faults"]] == [mistake.name for mistake in few]
     assert set(content["null"]) == {"laws", "engine"}
+
+    again = [*args[:2], "--runs", "2", "--only", few[1].name]
+    result = CliRunner().invoke(verify_power.main, again)
+    assert result.exit_code == 0, result.output
+    later = json.loads(out.read_text())
+    assert [fault["runs"] for fault in later["faults"]] == [1, 2]
+    assert later["null"] == content["null"]
+    assert [session["only"] for session in later["sessions"]] == [[], [few[1].name]]
+
+
+def test_only_goes_on_from_rows_that_are_there(tmp_path: Path) -> None:
+    args = ["--out", str(tmp_path / "none.json"), "--only", "typical"]
+    result = CliRunner().invoke(verify_power.main, args)
+    assert result.exit_code == 2
+    assert "holds no rows yet" in result.output
+
+
+def test_mistake_that_does_not_show_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Siblings that share a coin: no mistake on the first tables, one on the eighth."""
+    its = BY_NAME["recursive: siblings share a coin"]
+    assert its.law(0).total_variation == 0
+    assert its.law(7).total_variation > 0.05
+    monkeypatch.setattr(verify_power, "mistakes", lambda: [its])
+    null = {"alarms": 0, "runs": 0, "level": 0.01}
+    monkeypatch.setattr(verify_power, "alarms_of_laws", lambda _: null)
+    monkeypatch.setattr(verify_power, "alarms_of_engine", lambda _: null)
+    monkeypatch.setattr(verify_power, "PLAN", Plan(0.4, tokens=3, cells=8, prompts=1))
+    args = ["--out", str(tmp_path / "power.json"), "--runs", "1", "--seeds", "1"]
+    result = CliRunner().invoke(verify_power.main, args)
+    assert result.exit_code == 1
+    assert f"not above 0.001 on any table: {its.name}" in result.output
+
+
+def test_every_committed_mistake_shows() -> None:
+    content = json.loads(RAW.read_text(encoding="utf-8"))
+    assert [found["name"] for found in content["faults"]] == [
+        mistake.name for mistake in verify_power.mistakes()
+    ]
+    for found in content["faults"]:
+        assert found["total_variation"] > verify_power.SHOWS, found["name"]
+        assert found["caught"] == found["runs"], found["name"]
+    assert content["missed_above"] == []
