@@ -21,7 +21,7 @@ from specdec.proposers import EnsembleProposer, ensemble
 from specdec.rng import Noise, OffsetNoise, PhiloxNoise, RecordedNoise
 from specdec.runner import ModelRunner
 from specdec.sequence import Sequence
-from specdec.toy import TableRunner, random_table
+from specdec.toy import ContinuationRunner, SyntheticDraft, TableRunner, random_table
 from specdec.tree import Law, Proposal
 from specdec.verifier import Verdict
 
@@ -255,6 +255,47 @@ def test_interrupted_step_leaves_the_text_whole(
     monkeypatch.setattr(engine.proposer.members[1], "propose", propose)
     [out] = list(engine)
     assert (out.id, out.token_ids) == (name, texts(make(), PROMPTS[:1], GREEDY)[0])
+
+
+class Recital:
+    """Recites a text that repeats itself, drafted by n-grams and a model that is often wrong, and
+    counts steps and those in which the model drafted."""
+
+    def __init__(self, passes: float | None) -> None:
+        """passes: of the target, that a drafted level takes, if anybody says so."""
+        prompt, text = [0, *range(1, 10)], [*range(1, 10)] * 12
+        known = [[*prompt, *text]]
+        draft = SyntheticDraft(ContinuationRunner(known, 16), 0.6)
+        engine = Watched(
+            ContinuationRunner(known, 16), draft=draft, proposer=["draft", "ngram"],
+            num_draft_tokens=4, policy="constant", kv_memory=KV,
+        )  # fmt: skip
+        assert isinstance(engine.proposer, EnsembleProposer)
+        if passes is not None:
+            engine.proposer.weigh(lambda depth: passes * depth)
+        engine.add_request(prompt, SamplingParams(len(text), 0))
+        [state] = engine.proposer._states.values()
+        self.steps = self.drafted = 0
+        while engine.scheduler.running:
+            engine.step()
+            self.steps += 1
+            self.drafted += any(engine.proposer.labels[v.member] == "draft" for v in state.views)
+        [out] = engine.take_finished()
+        assert out.token_ids == tuple(text)
+
+
+def test_models_rest_where_a_lookup_is_known_to_be_right() -> None:
+    unweighed, free, dear = (Recital(passes) for passes in (None, 0.0, 0.3))
+    assert unweighed.drafted == free.drafted >= free.steps - 1  # the last token is not drafted
+    assert 2 <= dear.drafted < dear.steps // 2  # at first nothing is known of lookups
+    cheap = Recital(0.001)
+    assert dear.drafted < cheap.drafted
+
+
+def test_lookups_alone_are_free() -> None:
+    lookups = EnsembleProposer([proposers.find("ngram")(), proposers.find("suffix")()])
+    assert lookups.free
+    assert [lookups.nodes_within(depth) for depth in (1, 5, 40)] == [1, 5, 40]
 
 
 # --- members that are written down

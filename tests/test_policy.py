@@ -151,7 +151,7 @@ def test_hopeless_draft_costs_little() -> None:
 
 
 def test_draft_that_became_good_is_found_again() -> None:
-    policy, sequence = cost_policy(costs(0.05)), Seq()
+    policy, sequence = cost_policy(costs(0.08)), Seq()
     for _ in range(40):
         advance(policy, sequence, none)
     planned = [advance(policy, sequence, whole) for _ in range(150)]
@@ -197,6 +197,36 @@ def test_choice_holds_for_a_few_steps_once_enough_was_seen(
 def test_unknown_costs_mean_the_default_length() -> None:
     policy, sequence = cost_policy(None), Seq()
     assert [advance(policy, sequence, one) for _ in range(3)] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("draft", "model", "planned"),
+    [(0.6, True, 1), (0.75, True, 1), (0.8, True, 0), (0.6, False, 1), (0.75, False, 0)],
+)
+def test_a_tenth_of_what_a_models_draft_costs_is_in_doubt(
+    draft: float, model: bool, planned: int
+) -> None:
+    """At first 1.65 tokens are expected of a draft of one, and 3 % below plain decoding will do."""
+    policy, proposer = CostPolicy(1), Sketch()
+    proposer.model = model
+    policy.join(proposer, lambda *_: costs(draft), unsteady)
+    assert advance(policy, Seq(), none) == planned
+
+
+def test_hopeless_draft_of_a_model_is_not_made_be_it_ever_so_cheap() -> None:
+    policy, sequence = cost_policy(costs(0.08)), Seq()
+    planned = [advance(policy, sequence, none) for _ in range(200)]
+    assert sum(planned[100:]) < 10
+
+
+def test_deeper_draft_of_a_model_must_promise_more() -> None:
+    """The second level of 0.65 adds 0.42 tokens to 1.65: 1 % more per second is not enough."""
+    for level, planned in ((0.32, 1), (0.28, 2)):
+        known = costs(level)
+        speeds = [1.65 / (1 + level), (1.65 + 0.65**2) / (1 + 2 * level)]
+        assert (speeds[1] / speeds[0] > 1.02) == (planned == 2)
+        assert advance(cost_policy(known, most=2), Seq(), none) == planned
+    assert speeds[1] > speeds[0]
 
 
 def test_each_situation_is_learnt_apart() -> None:

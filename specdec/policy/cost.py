@@ -32,8 +32,11 @@ _WEIGHTS, _STREAK_WEIGHTS = (2.0, 12.0), (12.0, 30.0)
 _FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # A draft that promises so much less than plain decoding is made all the same: it teaches something,
-# and plain decoding nothing.
-_CURIOSITY = 0.03
+# and plain decoding nothing. What a model's draft adds to a step is known to so much of it only: it
+# is taken for that much less beside plain decoding, and a deeper draft must promise so much more
+# than the best shallower one.
+_CURIOSITY, _DOUBT = 0.03, 0.1
+_DEEPER = 0.02
 # A free draft that is nearly as good whole is not cut: costs are known no better than that.
 _AS_GOOD = 0.96
 # After so many lookups on end that led to nothing, a sequence rests between two of them: a step,
@@ -132,6 +135,7 @@ class CostPolicy(Policy):
         self._first_guess: list[float] = []
         self._kinds = 1  # of situations that are one to the proposer
         self._situation_weight, self._depth_weight = _WEIGHTS
+        self._doubt = 0.0
 
     def join(self, proposer: Proposer, measure: Measure, steady: Steady) -> None:
         self._proposer, self._measure, self._steady = proposer, measure, steady
@@ -147,6 +151,7 @@ class CostPolicy(Policy):
         self._first_guess = [_GUESS] * self._depth
         # A model is right in runs; a lookup that found more of a text is surer of it.
         self._kinds = _LENGTHS if proposer.free else _STREAKS if proposer.draft_rows(1) else 1
+        self._doubt = _DOUBT if proposer.draft_rows(1) else 0.0
         if self._kinds == _STREAKS:
             self._situation_weight, self._depth_weight = _STREAK_WEIGHTS
 
@@ -161,6 +166,13 @@ class CostPolicy(Policy):
         if costs is not self._costs:
             self._costs = costs
             self._seconds.clear()
+            if costs is not None:
+                self._tell(costs)
+
+    def _tell(self, costs: StepCosts) -> None:
+        assert self._proposer is not None, "join first"
+        plain = costs.verify_seconds(1, costs.context)
+        self._proposer.weigh(lambda depth: costs.draft_seconds(depth, costs.context) / plain)
 
     def plan(self, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
         assert self._proposer is not None, "join first"
@@ -178,7 +190,9 @@ class CostPolicy(Policy):
         if not self._proposer.free or self._costs is None or not any(map(len, trees)):
             return list(trees)
         depths = self._choose(
-            sequences, [tree.max_depth for tree in trees], lambda i: _sizes(trees[i])
+            sequences,
+            [min(tree.max_depth, self._depth) for tree in trees],
+            lambda i: _sizes(trees[i]),
         )
         return [tree.down_to(depth) for tree, depth in zip(trees, depths, strict=True)]
 
@@ -268,17 +282,21 @@ class CostPolicy(Policy):
         return _COMMON_WEIGHT
 
     def _best_alone(self, costs: StepCosts, outlook: _Outlook) -> int:
+        assert self._proposer is not None
         sizes, behind = outlook.sizes, self._behind(costs, outlook)
         draft, verify = self._tables(costs, len(outlook.sequence.tokens))
-        best, best_rate, expected = 0, (1 - _CURIOSITY) / verify[1], 1.0
+        doubt, deeper = self._doubt, 1 + _DEEPER if self._doubt else 1.0
+        plain, best, best_rate, expected = verify[1], 0, 0.0, 1.0
         for depth, chance in enumerate(outlook.reach, 1):
             expected += chance
-            rate = expected / (behind + draft[depth] + verify[sizes[depth] + 1])
-            if rate > best_rate:
+            seconds = behind + draft[depth] + verify[sizes[depth] + 1]
+            rate = expected / seconds
+            hoped = expected / (seconds - doubt * (seconds - plain))
+            if rate > best_rate * deeper if best else hoped > (1 - _CURIOSITY) / plain:
                 best, best_rate = depth, rate
             elif depth > best + _FURTHER:
                 break
-        if best and self._proposer is not None and self._proposer.free:
+        if best and self._proposer.free:
             whole = len(sizes) - 1
             if (1 + sum(outlook.reach)) / verify[sizes[whole] + 1] > _AS_GOOD * best_rate:
                 return whole

@@ -1,7 +1,7 @@
 """The protocol of everything that guesses the next tokens."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence as Items
 from typing import ClassVar, Literal
 
 from specdec.cache import CacheGroup
@@ -25,7 +25,7 @@ class Proposer(ABC):
     can_stop: ClassVar[bool] = False  # whether it honours stop_below
     # Its drafts cost next to nothing and are `point`: an adaptive policy lets it draft all it would
     # and then decides what of it is verified, so observe() may see the verdict of a shorter tree.
-    free: ClassVar[bool] = False
+    free: bool = False
     stop_below: float = 0.0  # a drafted token that was less likely than this is kept as the last
     law: Literal["point", "sampled", "coupled"]
 
@@ -64,6 +64,12 @@ class Proposer(ABC):
         model drafts. Adaptive policies plan with it."""
         del depth
         return ()
+
+    def weigh(self, seconds: Callable[[int], float]) -> None:
+        """Told by a policy that counts time: what drafting down to a depth takes, as a share of a
+        plain pass of the target. From then on it may leave out of a proposal, before anything of
+        it is drawn, what costs more than it is worth."""
+        del seconds
 
     def situation(self, sequence: Sequence) -> int:
         """A small number, 0 or more, that tells drafts of different prospects apart, a function of

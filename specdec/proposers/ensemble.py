@@ -1,7 +1,7 @@
 """Several proposers, merged by full path into one tree under one budget (SpecInfer, Miao et al.
 2023, 2305.09781, section 3)."""
 
-from collections.abc import Iterator, Mapping, Sequence as Items
+from collections.abc import Callable, Iterator, Mapping, Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,10 @@ class EnsembleProposer(Proposer):
     The first member that runs a model numbers the merged nodes, so its cache is committed as it is;
     other models in the target's cache group compute accepted tokens again in their next pass.
 
+    Under a policy that counts time (weigh), models draft nothing where a lookup's continuation
+    promises so much that they could add less than their passes cost; decided by the text and by
+    what became of earlier steps, before anything is drawn.
+
     labels: the members' names, numbered where several are the same: "draft-1", "draft-2".
     credits: per label, nodes proposed and verified so far, and those of them that were accepted.
     """
@@ -72,10 +76,13 @@ class EnsembleProposer(Proposer):
         kept.sort(key=lambda i: (members[i].law == "point", not members[i].draft_rows(1)))
         self._kept = kept
         self._free = [i for i in everyone if i not in kept]
+        self.free = all(member.free for member in members)
         self._weights = None if shares is None else _weights(shares, self.labels)
         self._splits: dict[int, list[int]] = {}
+        self._depths: dict[int, int] = {}  # of the models' drafts, by budget
         self.credits = {label: [0, 0] for label in self.labels}
         self._states: dict[Sequence, _State] = {}
+        self._drafting: Callable[[int], float] | None = None  # passes that models take for a depth
         self._vocab_size, self._device = 0, torch.device("cpu")
 
     def join(self, group: CacheGroup, vocab_size: int) -> None:
@@ -100,12 +107,17 @@ class EnsembleProposer(Proposer):
         return min(wanted, MAX_NODES)
 
     def nodes_within(self, depth: int) -> int:
+        if self.free:  # any of them may fill the budget
+            return max(member.nodes_within(depth) for member in self.members)
         most = sum(member.nodes_within(depth) for member in self.members)
         return min(most, max(depth, self.preferred_nodes))
 
     def draft_rows(self, depth: int) -> tuple[int, ...]:
         """The models draft one after the other."""
         return tuple(rows for member in self.members for rows in member.draft_rows(depth))
+
+    def weigh(self, seconds: Callable[[int], float]) -> None:
+        self._drafting = seconds
 
     def situation(self, sequence: Sequence) -> int:
         """One digit per member."""
@@ -128,32 +140,82 @@ class EnsembleProposer(Proposer):
         self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
     ) -> list[TokenTree]:
         budgets = [min(budget, MAX_NODES) for budget in budgets]
-        trees: dict[int, list[TokenTree]] = {}
-        filled: list[dict[Any, int]] = []  # per sequence, what the first model has computed
-        for place, i in enumerate(self._kept):
-            shares = [
-                min(self._split(budget)[i], self._fitting(self.members[i], sequence))
-                for sequence, budget in zip(sequences, budgets, strict=True)
-            ]
-            mine = OffsetNoise(noise, place * _ROWS) if place else noise
-            trees[i] = self._ask(i, sequences, shares, mine)
-            if place == 0:
-                filled = [_ahead(sequence) for sequence in sequences]
-        if len(self._kept) > 1:
-            for sequence, its_own in zip(sequences, filled, strict=True):
-                _take_back(sequence, its_own)
+        everyone = range(len(sequences))
+        looked_up: dict[int, list[TokenTree]] = {}
         for i in self._free:
             most = [
                 min(budget, self._fitting(self.members[i], sequence))
                 for sequence, budget in zip(sequences, budgets, strict=True)
             ]
-            trees[i] = self._ask(i, sequences, most, noise)
-        order = [*self._kept, *self._free]
-        values = iter(_read([trees[i][b] for b in range(len(sequences)) for i in order]))
-        return [
-            self._merge(sequence, budget, [(i, trees[i][b], next(values)) for i in order])
-            for b, (sequence, budget) in enumerate(zip(sequences, budgets, strict=True))
-        ]
+            looked_up[i] = self._ask(i, sequences, most, noise)
+        found = self._views(sequences, looked_up)
+        lone = [self._is_enough(*each) for each in zip(sequences, budgets, found, strict=True)]
+        drafted: dict[int, list[TokenTree]] = {}
+        filled: list[dict[Any, int]] = []  # per sequence, what the first model has computed
+        for place, i in enumerate(self._kept):
+            member = self.members[i]
+            shares = [
+                0
+                if lone[b] and member.draft_rows(1)
+                else min(self._split(budgets[b])[i], self._fitting(member, sequences[b]))
+                for b in everyone
+            ]
+            mine = OffsetNoise(noise, place * _ROWS) if place else noise
+            drafted[i] = self._ask(i, sequences, shares, mine)
+            if place == 0:
+                filled = [_ahead(sequence) for sequence in sequences]
+        if len(self._kept) > 1:
+            for sequence, its_own in zip(sequences, filled, strict=True):
+                _take_back(sequence, its_own)
+        kept = self._views(sequences, drafted)
+        return [self._merge(sequences[b], budgets[b], kept[b], found[b]) for b in everyone]
+
+    def _views(
+        self, sequences: Items[Sequence], trees: Mapping[int, list[TokenTree]]
+    ) -> list[list["_View"]]:
+        """Of each sequence, the members' trees that are not empty: one read of the device."""
+        values = iter(_read([its[b] for b in range(len(sequences)) for its in trees.values()]))
+        found: list[list[_View]] = []
+        for b, sequence in enumerate(sequences):
+            views = [_View(i, its[b], next(values)) for i, its in trees.items()]
+            found.append([view for view in views if len(view.tree)])
+            for view in found[-1]:
+                if view.member in self._free:
+                    view.situation = situation_of(self.members[view.member], sequence)
+                    view.chances = self._states[sequence].rates[view.member].chances(view)
+        return found
+
+    def _is_enough(self, sequence: Sequence, budget: int, found: list["_View"]) -> bool:
+        """Whether what was looked up promises more per second without what models would add:
+        (1 + E) / V against (1 + E + (1 - c) M) / (V + D), with E and M the tokens that either is
+        expected to get accepted, c the chance of the lookup's first token, V and D the time of a
+        pass and of the models' drafts."""
+        if self._drafting is None or not found:
+            return False
+        state, depth = self._states[sequence], self._levels(budget)
+        # nothing is expected of a lookup that was not seen to be right
+        known = [state.rates[view.member].chances(view, guess=0.0) for view in found]
+        best = max(range(len(found)), key=lambda n: sum(known[n]))
+        roots = zip(known[best], found[best].tree.parents, strict=True)
+        first = sum(chance for chance, parent in roots if parent < 0)
+        gain = (1 - first) * sum(state.models.rate**level for level in range(1, depth + 1))
+        return self._drafting(depth) * (1 + sum(known[best])) > gain
+
+    def _levels(self, budget: int) -> int:
+        """How deep the models' shares of a budget let them draft."""
+        if budget not in self._depths:
+            shares = self._split(budget)
+            self._depths[budget] = max(
+                (
+                    depth
+                    for i in self._kept
+                    for depth in range(1, shares[i] + 1)
+                    if self.members[i].draft_rows(1)
+                    and self.members[i].nodes_within(depth) <= shares[i]
+                ),
+                default=0,
+            )
+        return self._depths[budget]
 
     def _ask(
         self, i: int, sequences: Items[Sequence], budgets: list[int], noise: Noise
@@ -203,26 +265,17 @@ class EnsembleProposer(Proposer):
         return shares
 
     def _merge(
-        self, sequence: Sequence, budget: int, parts: list[tuple[int, TokenTree, list[int]]]
+        self, sequence: Sequence, budget: int, kept: list["_View"], found: list["_View"]
     ) -> TokenTree:
-        """The union of one sequence's trees: (member, tree, its tokens), in order."""
-        state = self._states[sequence]
-        state.views = [_View(i, tree, values) for i, tree, values in parts if len(tree)]
-        kept = [view for view in state.views if view.member in self._kept]
-        if len(state.views) == 1 and kept:  # nothing to merge: the tree stays what it is
+        """The union of one sequence's trees, what was looked up behind the others."""
+        self._states[sequence].views = [*kept, *found]
+        if len(kept) == 1 and not found:  # nothing to merge: the tree stays what it is
             kept[0].places = range(len(kept[0].tree))
             return kept[0].tree
         union = _Union()
         for view in kept:
             view.places = union.add_drawn(view)
-        free = [view for view in state.views if view.member in self._free]
-        for view in free:
-            member = self.members[view.member]
-            view.situation = situation_of(member, sequence)
-        union.add_best(
-            [(view, state.rates[view.member].chances(view)) for view in free],
-            budget - len(union.tokens),
-        )
+        union.add_best([(view, view.chances) for view in found], budget - len(union.tokens))
         return union.tree(self._device)
 
     def proposed_by(self, sequence: Sequence, nodes: int) -> list[tuple[str, ...]]:
@@ -244,6 +297,8 @@ class EnsembleProposer(Proposer):
                 credit[1] += len(view.accepted)
                 if view.member in self._free:
                     state.rates[view.member].add(view, verdict.tokens)
+                elif self.members[view.member].draft_rows(1):
+                    state.models.add(view)
         for i, member in enumerate(self.members):
             if type(member).observe is not Proposer.observe:
                 its_own = [
@@ -309,6 +364,7 @@ class _View:
     tokens: list[int]
     places: Items[int] = ()  # per node its merged number, -1: left out
     situation: int = 0
+    chances: list[float] = field(default_factory=list)  # per node, of what was looked up
     accepted: tuple[int, ...] = ()  # nodes
     _index: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -347,14 +403,15 @@ class _Rates:
     def __init__(self) -> None:
         self._counts: dict[tuple[int, int, int], list[float]] = {}  # tries, hits
 
-    def chances(self, view: _View) -> list[float]:
-        """Per node the probability that the text goes on to it; never above its parent's."""
+    def chances(self, view: _View, guess: float = 0.5) -> list[float]:
+        """Per node the probability that the text goes on to it; never above its parent's. guess:
+        what it is taken for where nothing was seen, for the first of siblings."""
         found: list[float] = []
         for parent, depth, rank in zip(
             view.tree.parents, view.tree.depths, view.ranks(), strict=True
         ):
             tries, hits = self._counts.get((view.situation, depth, rank), (0.0, 0.0))
-            rate = (hits + 0.5 / (1 + rank)) / (tries + 1)
+            rate = (hits + guess / (1 + rank)) / (tries + 1)
             found.append(rate * (found[parent] if parent >= 0 else 1.0))
         return found
 
@@ -373,11 +430,29 @@ class _Rates:
                 counts[1] = counts[1] * _KEEP + (node in right)
 
 
+@dataclass(slots=True)
+class _Hits:
+    """How often a model's token was right where those above it were."""
+
+    tries: float = 2.0
+    hits: float = 1.0
+
+    @property
+    def rate(self) -> float:
+        return self.hits / self.tries
+
+    def add(self, view: _View) -> None:
+        accepted, depth = len(view.accepted), view.tree.max_depth
+        self.tries = self.tries * _KEEP + accepted + (accepted < depth)
+        self.hits = self.hits * _KEEP + accepted
+
+
 @dataclass(slots=True, eq=False)
 class _State:
     """What is kept of one sequence from step to step."""
 
     rates: list[_Rates]
+    models: _Hits = field(default_factory=_Hits)
     views: list[_View] = field(default_factory=list)
 
     def verdict(self, member: int, verdict: Verdict) -> Verdict:
