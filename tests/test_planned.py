@@ -165,7 +165,7 @@ def test_law_where_a_long_past_decides(
     def policy(_: Noise, most: int) -> Policy:
         return MadeUpCosts(most, seconds=seconds)
 
-    def tables(past: int) -> dict[str, Table]:
+    def tables(past: int) -> dict[str, Any]:
         return {"target": fixed(TARGET, past), "draft": fixed(DRAFT, past, shift=1)}
 
     # where the turn comes: nothing in 60 tokens has a second outcome
