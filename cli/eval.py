@@ -206,6 +206,11 @@ def _show_details(row: dict[str, Any]) -> None:
     if row["draft_entropy"] is not None:
         lines["entropy of the draft, nats"] = _with_error(row["draft_entropy"])
         lines["calibration error of the draft"] = _number(row["calibration"]["error"])
+    else:
+        lines["entropy and calibration of the draft"] = (
+            "none: no drafted token was drawn from a law of its own (a greedy or coupled draft, or "
+            "a lookup)"
+        )
     best, tree = row["best_length"], row["best_tree"]
     if best is not None:
         lines["best length"] = f"{best['length']}, speed {best['predicted_speed']:.2f} predicted"

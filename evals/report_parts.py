@@ -3,7 +3,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,17 @@ def read(path: Path) -> Part:
             raise InvalidArgumentError(
                 f"{path}: the run is not finished; run specdec {kind} again with the same --out"
             )
-        part = _READERS[kind](path.name, _json(path / SUMMARY))
+        with _whole(path / SUMMARY):
+            part = _READERS[kind](path.name, _json(path / SUMMARY))
         if (path / TRACES).is_file():
-            part.views = [token_view(found) for found in _json(path / TRACES)["traces"]]
+            with _whole(path / TRACES):
+                part.views = [token_view(found) for found in _json(path / TRACES)["traces"]]
         return part
     if path.is_file():
         raw = _json(path)
         if isinstance(raw, dict) and "findings" in raw:
-            return tune_part(path.name, raw)
+            with _whole(path):
+                return tune_part(path.name, raw)
     raise InvalidArgumentError(
         f"{path}: expected a folder of specdec bench --out or eval --out, or a file of tune --out"
     )
@@ -80,8 +84,20 @@ def read(path: Path) -> Part:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InvalidArgumentError(f"{path}: cannot be read: {error}") from error
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """A file whose figures are missing, or are no figures, is named."""
+    try:
+        yield
+    except InvalidArgumentError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InvalidArgumentError(f"{path}: damaged, or of another version: {what}") from error
 
 
 # --- what a run of each kind shows

@@ -291,6 +291,7 @@ def test_table_and_details(cli: Callable[..., Result], short: str) -> None:
     assert [line[:16] for line in result.stdout.splitlines()[1:5]] == names
     assert "accepted by depth: " in result.stdout
     assert "entropy of the draft, nats: " in result.stdout
+    assert result.stdout.count("entropy and calibration of the draft: none: ") == 3
     assert "1 of 3 prompts left out" in result.stderr
 
 

@@ -1,6 +1,7 @@
 """The report: what it shows of each kind of run, that texts cannot break out, what it refuses."""
 
 import json
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -283,6 +284,39 @@ def test_command_writes_both_kinds(run: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert [path.read_text(encoding="utf-8").count("Mine") for path in outputs] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", '{"settings": {}, "sessions": []}'),
+        ("summary.json", "[]"),
+        ("summary.json", "3"),
+        ("summary.json", '{"rows": [3], "settings": {}, "sessions": []}'),
+        ("summary.json", "[" * 100_000 + "]" * 100_000),
+        ("traces.json", "{}"),
+        ("traces.json", "[]"),
+        ("traces.json", '{"traces": [{"row": "a"}]}'),
+    ],
+)
+@pytest.mark.parametrize("kind", ["bench", "eval"])
+def test_file_without_its_figures_is_named(
+    run: Path, tmp_path: Path, kind: str, name: str, content: str
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    if name == "summary.json":
+        head = json.loads((run / "run.json").read_text()) | {"kind": kind}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(head))
+    (tmp_path / "run" / name).write_text(content)
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "run"), "--out", "x.md"])
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'run' / name}: " in result.output
+
+
+def test_tuning_without_its_figures_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tune.json").write_text('{"findings": []}')
+    with pytest.raises(InvalidArgumentError, match=r"tune.json: damaged"):
+        read(tmp_path / "tune.json")
 
 
 def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
