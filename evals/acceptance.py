@@ -188,10 +188,15 @@ def summary(tallies: Sequence[Tally]) -> dict[str, Any]:
 
     depth = max((len(t.offered) for t in tallies), default=0)
     ranks = max((len(t.reached) for t in tallies), default=0)
+    # What these drafts could reach: all of one path, whose length the end of a text cuts.
+    drafted, steps = sum(t.drafted for t in tallies), sum(t.steps for t in tallies)
+    path = sum(sum(t.offered) for t in tallies)
     rates = {
-        "acceptance_rate": rate(lambda t: t.accepted, lambda t: t.drafted),
+        "acceptance_rate": rate(
+            lambda t: t.accepted, lambda t: t.drafted, (0, path / drafted) if drafted else None
+        ),
         "tokens_per_target_pass": rate(
-            lambda t: t.tokens, lambda t: t.steps, (1, 1 + depth) if depth else None
+            lambda t: t.tokens, lambda t: t.steps, (1, 1 + path / steps) if path else None
         ),
         "overlap": rate(lambda t: t.overlap, lambda t: t.overlaps),
         "draft_entropy": rate(lambda t: t.entropy, lambda t: t.laws, None),

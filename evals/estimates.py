@@ -2,27 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, nan, pi, sqrt, tan
+from math import inf, isfinite, nan, pi, sqrt, tan
 from statistics import NormalDist
 from typing import Any
 
 from specdec.errors import InvalidArgumentError
 
 CONFIDENCE = 0.95
+_ROUNDING = 1e-9  # an error that is less than this of the scale is none
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A ratio of sums over clusters; error: its standard error, nan where one cluster is all.
 
-    bounds: between which it must lie; count: its denominator.
+    bounds: between which it must lie; effective: how many clusters of one size weigh as much.
     """
 
     value: float
     error: float
     clusters: int  # that had something to count
     bounds: tuple[float, float] | None = None
-    count: float = 0.0
+    effective: float = 1.0
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
         """By Student's law; unbounded, or the bounds, where the error is unknown.
@@ -30,32 +31,48 @@ class Estimate:
         With bounds it is Wilson's, of a share of so many independent tries as would have this
         error: near a bound the simple interval covers too little (Korn and Graubard 1998, Survey
         Methodology 24, section 2, has the effective number; Brown, Cai and DasGupta 2001, section
-        3, the intervals).
+        3, the intervals). No share of n equal clusters has fewer than n tries; an error that large
+        is that of bounds which differ from cluster to cluster, and Student's law is taken.
+
+        Clusters that all agree do not make it certain: so many leave room for others, up to the
+        share that Wilson's interval gives to what was seen in none of them (0.18 of 20 clusters;
+        the rule of three says 0.15), and those could have any value inside the bounds.
         """
         if self.error != self.error:
             return self.bounds or (-inf, inf)
         reach = student_quantile((1 + confidence) / 2, self.clusters - 1)
+        scale = abs(self.value) if self.bounds is None else self.bounds[1] - self.bounds[0]
+        if self.error <= _ROUNDING * scale:
+            return self._of_agreeing(reach)
+        simple = self.value - reach * self.error, self.value + reach * self.error
         if self.bounds is None:
-            return self.value - reach * self.error, self.value + reach * self.error
+            return simple
         low, high = self.bounds
         share, error = (self.value - low) / (high - low), self.error / (high - low)
         spread = share * (1 - share)
-        if spread > 0 and error == 0:
-            return self.value, self.value
-        tries = spread / error**2 if error > 0 else self.count
+        tries = spread / error**2
+        if tries < self.effective / 2:  # of which half, since the error is an estimate
+            return simple
         square = reach**2 / tries
         middle = (share + square / 2) / (1 + square)
-        half = sqrt(square * (max(spread, 0.0) + square / 4)) / (1 + square)
+        half = sqrt(square * (spread + square / 4)) / (1 + square)
         return low + (high - low) * (middle - half), low + (high - low) * (middle + half)
 
+    def _of_agreeing(self, reach: float) -> tuple[float, float]:
+        if self.bounds is None:
+            return -inf, inf
+        others = reach**2 / (self.effective + reach**2)
+        low, high = self.bounds
+        return self.value - others * (self.value - low), self.value + others * (high - self.value)
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; nan becomes None."""
+        """Plain values for JSON; what is unknown becomes None."""
         low, high = self.interval()
         known = self.error == self.error
         return {
             "value": round(self.value, 6),
             "standard_error": round(self.error, 6) if known else None,
-            "interval": [round(low, 6), round(high, 6)] if known else None,
+            "interval": [round(low, 6), round(high, 6)] if known and isfinite(high) else None,
             "clusters": self.clusters,
         }  # fmt: skip
 
@@ -79,9 +96,10 @@ def ratio(
     above, total, n = sum(a for a, _ in pairs), sum(b for _, b in pairs), len(pairs)
     value = above / total
     if n == 1:
-        return Estimate(value, nan, 1, bounds, total)
+        return Estimate(value, nan, 1, bounds)
+    effective = total**2 / sum(b * b for _, b in pairs)  # Kish 1965, Survey Sampling, 8.2
     squares = sum(((above - a) / (total - b) - value) ** 2 for a, b in pairs)
-    return Estimate(value, sqrt((n - 1) / n * squares), n, bounds, total)
+    return Estimate(value, sqrt((n - 1) / n * squares), n, bounds, effective)
 
 
 def student_quantile(probability: float, degrees: int) -> float:

@@ -84,23 +84,57 @@ def test_interval_stays_inside_its_bounds() -> None:
     found = ratio([1.0] * 900 + [0.0] * 100, [1.0] * 1000, (0, 1))
     assert found is not None
     assert found.interval() == pytest.approx((0.8798, 0.9171), abs=2e-4)
-    low, high = Estimate(0.99, 0.02, 12, (0, 1), 50).interval()
+    low, high = Estimate(0.99, 0.02, 12, (0, 1), 12).interval()
     assert 0 < low < 0.95
     assert 0.99 < high < 1
-    twice = Estimate(1 + 2 * 0.99, 0.04, 12, (1, 3), 50).interval()
+    twice = Estimate(1 + 2 * 0.99, 0.04, 12, (1, 3), 12).interval()
     assert twice == pytest.approx((1 + 2 * low, 1 + 2 * high))
 
 
-def test_nothing_but_hits_leaves_room_for_a_miss() -> None:
-    found = ratio([4.0, 6.0, 5.0], [4.0, 6.0, 5.0], (0, 1))
+def test_clusters_that_agree_leave_room_for_others() -> None:
+    """Wilson's bound of 0 in 20: 2.093**2 / (20 + 2.093**2) = 0.18, whatever was counted in each;
+    the others could be at either bound."""
+    hits = ratio([4.0] * 20, [4.0] * 20, (0, 1))
+    assert hits is not None
+    assert hits.interval() == pytest.approx((1 - 0.1797, 1), abs=1e-4)
+    thirds = ratio([0.1] * 20, [0.3] * 20, (0, 1))  # rounding makes their error more than 0
+    assert thirds is not None
+    assert thirds.interval() == pytest.approx((0.2734, 0.4531), abs=1e-3)
+    unequal = ratio([40.0, 1.0, 1.0], [40.0, 1.0, 1.0], (0, 1))
+    equal = ratio([4.0, 4.0, 4.0], [4.0, 4.0, 4.0], (0, 1))
+    assert unequal is not None
+    assert equal is not None
+    assert unequal.interval()[0] < equal.interval()[0] - 0.05
+    assert Estimate(0.5, float("nan"), 1, (0, 1)).interval() == (0, 1)
+
+
+def test_clusters_that_agree_on_what_has_no_bounds_leave_it_unknown() -> None:
+    found = ratio([2.0, 4.0], [1.0, 2.0])
     assert found is not None
-    low, high = found.interval()
-    assert high == pytest.approx(1)
-    assert 0.3 < low < 0.7
-    exact = ratio([0.5, 0.5], [1.0, 1.0], (0, 1))
-    assert exact is not None
-    assert exact.interval() == (0.5, 0.5)
-    assert Estimate(0.5, float("nan"), 1, (0, 1), 9).interval() == (0, 1)
+    assert found.interval() == (-inf, inf)
+    assert found.as_dict() == {
+        "value": 2.0, "standard_error": 0.0, "interval": None, "clusters": 2,
+    }  # fmt: skip
+
+
+def test_error_that_bounds_do_not_explain_is_student_s() -> None:
+    """Each cluster at a bound of its own: 0 to 1/2 and 0 to 1 are 0 to 3/4 in sum."""
+    found = ratio([1.0, 2.0, 1.0, 2.0], [2.0] * 4, (0, 0.75))
+    assert found is not None
+    reach = student_quantile(0.975, 3) * found.error
+    assert found.interval() == pytest.approx((0.75 - reach, 0.75 + reach))
+
+
+def test_texts_that_mostly_agree_are_covered() -> None:
+    """The case that had no width: 9 % of 20 texts need a fourth step for 8 tokens."""
+    rng = np.random.default_rng(2)
+    covered = 0
+    for late in rng.binomial(1, 0.09, (1000, 20)):
+        found = ratio([8.0] * 20, (3 + late).tolist(), (1, 8 / 3))
+        assert found is not None
+        low, high = found.interval()
+        covered += low <= 8 / 3.09 <= high
+    assert 920 <= covered <= 985
 
 
 def test_rare_misses_are_covered() -> None:
@@ -115,7 +149,6 @@ def test_rare_misses_are_covered() -> None:
         assert plain is not None
         low, high = found.interval()
         covered += low <= 0.98 <= high
-        low, high = plain.interval()
-        simple += low <= 0.98 <= high
+        simple += abs(plain.value - 0.98) <= 2.069 * plain.error
     assert 920 <= covered <= 980
     assert simple < covered

@@ -7,11 +7,15 @@ import pytest
 from click.testing import CliRunner
 
 from specdec.evals import estimators
-from specdec.evals.estimators import CASES, Case, coverage, estimates, truth
+from specdec.evals.estimators import TREES, Case, Followed, coverage, estimates, looked_up, truth
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHORT = [Case(case.shape, case.rule, tokens=8) for case in CASES]
+SHORT = [
+    *(Case(shape, rule, tokens=8, texts=60) for shape, rule in TREES),
+    Followed("draft", 0, 2, tokens=8, texts=60), Followed("lookup", 0, 4, tokens=8, texts=60),
+    Followed("lookup", 1, 1, tokens=6, texts=60),
+]  # fmt: skip
 
 
 def test_truth_of_a_step_by_hand() -> None:
@@ -26,9 +30,9 @@ def test_truth_of_a_step_by_hand() -> None:
 
 
 @pytest.mark.parametrize("case", SHORT, ids=lambda case: case.name)
-def test_intervals_hold_the_truth(case: Case) -> None:
+def test_intervals_hold_the_truth(case: Case | Followed) -> None:
     """One long run per case: every estimate within 4.5 standard errors of what is expected."""
-    wanted, found = truth(case), estimates(case, 0, 60)
+    wanted, [found] = truth(case), estimates(case, [0])
     assert set(found) == set(wanted)
     for name, row in found.items():
         assert abs(row["value"] - wanted[name]) < 4.5 * row["standard_error"], name
@@ -36,17 +40,31 @@ def test_intervals_hold_the_truth(case: Case) -> None:
 
 def test_coverage_is_counted() -> None:
     """Few short runs: 95 % of all intervals, 4 deviations at the least."""
-    rows = coverage(SHORT[0], runs=12, texts=10)
+    rows = coverage(Case((1, 1, 1), "token", tokens=8, texts=10), runs=12)
     hits, runs = sum(row["covered"] for row in rows.values()), 12 * len(rows)
     assert hits / runs > 0.8
     assert {"truth", "mean_estimate", "covered", "runs"} == set(rows["overlap"])
 
 
 def test_script_writes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimators, "CASES", SHORT[:1])
+    case = Case((1, 1, 1), "token", tokens=8, texts=3)
+    monkeypatch.setattr(estimators, "CASES", [case])
     out = tmp_path / "estimators.json"
-    result = CliRunner().invoke(estimators.main, ["--runs", "2", "--texts", "3", "--out", str(out)])
+    result = CliRunner().invoke(estimators.main, ["--runs", "2", "--out", str(out)])
     assert result.exit_code == 0
     content = json.loads(out.read_text())
-    assert content["coverage"]["rates"] == len(content["cases"]["1,1,1 token"])
+    assert content["coverage"]["rates"] == len(content["cases"][case.name])
     assert content["provenance"]["versions"]["specdec"]
+
+
+def test_lookup_by_hand() -> None:
+    assert looked_up((0, 1, 2, 0, 1), 3) == [2, 0, 1]
+    assert looked_up((1, 1), 3) == [1, 1, 1]  # into itself
+    assert looked_up((0, 2, 0, 1, 0), 1) == [1]  # the latest
+    assert looked_up((0, 1), 3) == []
+
+
+def test_names_say_what_differs() -> None:
+    case = Case((2, 1), "traversal", "generic", 3, tokens=8)
+    assert case.name == "2,1 traversal, tables 3, 8 tokens"
+    assert Followed("lookup", 0, 4, texts=5).name == "lookup greedy, 5 texts"
