@@ -388,8 +388,6 @@ SECTIONS: list[Section] = [
     Section("Plain decoding of random shapes", "speed_shapes.json", speed_shapes),
     Section("Every way to draft, side by side", "bench_*.json", bench),
     Section("Adaptive drafting on prompt sets", "policy_sets.json", policy_sets),
-    Section("The same on copies and random text, later", "policy_sets_random.json", policy_sets),
-    Section("The same on copies, with whole free drafts", "policy_sets_copies.json", policy_sets),
     Section("Adaptive drafting with synthetic drafts", "policy_synthetic.json", policy_synthetic),
     Section("Prompt lookup on copies", "policy_lookup.json", policy_lookup),
     Section("Rules and trees", "rule_choice.json", rule_choice),
