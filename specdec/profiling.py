@@ -2,10 +2,10 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable, Mapping, Sequence as Items
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from statistics import median
 
 import torch
@@ -29,6 +29,7 @@ _BEHIND = 32  # tokens that the draft has missed where catching up is measured
 _DEPTHS = (0, 1, 4, 8, 2, 16, 3, 6, 12, 32, 24)
 _ROUNDS, _FEW_ROUNDS = 40, 3
 _RUN, _SETTLING = 2, 1  # steps of one depth on end, and those before them that do not count
+_LINE = 3  # depths that a line is drawn through, at least
 _DEEP, _SELDOM = 8, 4  # deeper ones, slow and rarely chosen, have their turn every few rounds
 _PATTERN = 23  # the made-up text repeats itself, so that something can be looked up in it
 
@@ -142,7 +143,8 @@ def profile(
     depths = sorted(draft)
     return StepCosts(
         batch, context, tuple(depths), tuple(rows[d] for d in depths),
-        _rising([median(draft[d]) for d in depths]), _rising([median(verify[d]) for d in depths]),
+        _drafting(proposer, {d: median(draft[d]) for d in depths}),
+        _rising([median(verify[d]) for d in depths]),
         draft_slope, verify_slope, row_slope, catch_up,
     )  # fmt: skip
 
@@ -253,6 +255,19 @@ def _slopes(
     (_, plain), (drafted, verified) = more[0], more[-1]
     per_row = max(0.0, verified - plain) / max(1, pairs[depths[-1]][0][0][2] - 1)
     return max(0.0, drafted) / max(1, depths[-1]), max(0.0, plain - per_row), per_row
+
+
+def _drafting(proposer: Proposer, seconds: Mapping[int, float]) -> tuple[float, ...]:
+    """What drafts take, by depth: where a model's levels are of one size, the line through all
+    depths that the median of slopes gives (Theil and Sen), which one disturbed figure does not
+    move."""
+    some = sorted(depth for depth in seconds if depth)
+    if len(some) < _LINE or len(set(proposer.draft_rows(some[-1]))) != 1:
+        return _rising([seconds[depth] for depth in sorted(seconds)])
+    slope = median((seconds[b] - seconds[a]) / (b - a) for a, b in combinations(some, 2))
+    first = median(seconds[depth] - slope * depth for depth in some)
+    line = [max(0.0, first + slope * depth) for depth in some]
+    return _rising([0.0] * (0 in seconds) + line)
 
 
 def _rising(values: Items[float]) -> tuple[float, ...]:

@@ -234,3 +234,36 @@ def test_runner_that_watches_its_slots_can_be_measured(folder: Path) -> None:
     [out] = list(engine)
     assert len(out.token_ids) == 30
     assert costs_of(engine).depths[-1] == 16
+
+
+class Levels:
+    """A proposer as the profiler sees it: rows of each drafted level."""
+
+    def __init__(self, rows: int, growth: int = 0) -> None:
+        self.rows, self.growth = rows, growth
+
+    def draft_rows(self, depth: int) -> tuple[int, ...]:
+        return tuple(self.rows + self.growth * level for level in range(depth)) * (self.rows > 0)
+
+
+def drafting(proposer: Levels, seconds: dict[int, float]) -> tuple[float, ...]:
+    return profiling._drafting(proposer, seconds)  # type: ignore[arg-type]
+
+
+def test_disturbed_figure_does_not_move_what_equal_levels_take() -> None:
+    true = {0: 0.0, **{depth: 0.1 + 0.2 * depth for depth in (1, 2, 3, 4, 6, 8)}}
+    assert drafting(Levels(1), true) == pytest.approx(list(true.values()))
+    for depth in (1, 2, 8):
+        found = drafting(Levels(1), {**true, depth: 2 * true[depth]})
+        assert found == pytest.approx(list(true.values()), rel=0.2)
+        assert found[0] == 0.0
+
+
+@pytest.mark.parametrize("proposer", [Levels(1, growth=2), Levels(0)])
+def test_other_drafts_take_what_was_measured(proposer: Levels) -> None:
+    """Levels that grow, and lookups, lie on no line; more work is never quicker."""
+    assert drafting(proposer, {0: 0.0, 1: 0.1, 2: 0.6, 3: 0.5, 4: 2.0}) == (0.0, 0.1, 0.5, 0.5, 2.0)
+
+
+def test_two_depths_make_no_line() -> None:
+    assert drafting(Levels(1), {0: 0.0, 1: 0.3, 2: 0.2}) == (0.0, 0.2, 0.2)
