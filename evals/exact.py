@@ -276,6 +276,10 @@ def _digits(number: int) -> list[int]:
 # the run's settings, made small
 
 
+# Of a step by drafted depth, for the policy of costs: at first two levels are best, then none.
+_SECONDS = (1.0, 1.6, 1.92, 2.4)
+
+
 @contextmanager
 def _small(options: dict[str, Any], drafts: bool) -> Iterator[Callable[..., Engine]]:
     """make(noise, target table, draft table) -> an engine of these settings on tables."""
@@ -290,7 +294,7 @@ def _small(options: dict[str, Any], drafts: bool) -> Iterator[Callable[..., Engi
             runner = TableRunner(target, V)
             given = small
             if by_cost:
-                policy = Apart(lambda: MadeUpCosts(most))
+                policy = Apart(lambda: MadeUpCosts(most, seconds=_SECONDS))
                 given = {**small, "policy": policy, "num_draft_tokens": "auto"}
             return Engine(runner, draft=its, noise=noise, kv_memory=1 << 22, grow=True, **given)
 

@@ -143,6 +143,7 @@ class Auditor:
     def run(self) -> Audit:
         """Every part in turn; those that the folder holds are not repeated."""
         greedy = replace(self.sampling, temperature=0.0)
+        rule = self._engine().verifier.rule  # what an engine refuses is refused before all else
         if exact.plans_by_cost(self._asked):
             self.remark(
                 "on tables drafts are planned by costs that are made up; with the real pair a "
@@ -154,7 +155,7 @@ class Auditor:
         ]
         law = self.sampling.law()
         if not law.greedy:
-            if self._engine().verifier.rule == "gumbel":
+            if rule == "gumbel":
                 seeds = [derive_seed(self.seed, 0, j) for j in range(PATHS)]
                 parts.append(self._kept("coupled", lambda: [self._followed(self.sampling, seeds)]))
             else:

@@ -226,7 +226,7 @@ def test_deeper_draft_of_a_model_must_promise_more() -> None:
         speeds = [1.65 / (1 + level), (1.65 + 0.65**2) / (1 + 2 * level)]
         assert (speeds[1] / speeds[0] > 1.02) == (planned == 2)
         assert advance(cost_policy(known, most=2), Seq(), none) == planned
-    assert speeds[1] > speeds[0]
+        assert speeds[1] > speeds[0]
 
 
 def test_each_situation_is_learnt_apart() -> None:
