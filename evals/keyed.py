@@ -85,10 +85,14 @@ class _Decision:
 
 
 class RekeyedNoise(Noise):
-    """PhiloxNoise whose purposes are keyed by something else: a planted fault."""
+    """Noise whose purposes are keyed by something else, or read what another reads: a planted
+    fault. reads: a purpose -> whose numbers it has."""
 
-    def __init__(self, keys: Mapping[str, Key]) -> None:
-        self._keys, self._philox = keys, PhiloxNoise()
+    def __init__(
+        self, keys: Mapping[str, Key], reads: Mapping[str, str] | None = None,
+        noise: Noise | None = None,
+    ) -> None:  # fmt: skip
+        self._keys, self._reads, self._noise = keys, reads or {}, noise or PhiloxNoise()
 
     def step(
         self, seeds: Sequence[int], positions: Sequence[int], rows: int, device: torch.device,
@@ -99,20 +103,24 @@ class RekeyedNoise(Noise):
         for purpose, row in itertools.product(PURPOSES, range(rows)):
             key = self._keys.get(purpose, _unchanged)
             at, places = zip(*(key(position, row) for position in positions), strict=True)
-            found = self._philox.step(seeds, at, max(places) + 1, device, copies)
-            columns[purpose].append(getattr(found, purpose)[each, list(places)])
+            found = self._noise.step(seeds, at, max(places) + 1, device, copies)
+            read = self._reads.get(purpose, purpose)
+            numbers = getattr(found, read)
+            if read == "accept" and purpose != "accept":
+                numbers = numbers[..., 0]
+            columns[purpose].append(numbers[each, list(places)])
         return StepNoise(**{purpose: torch.stack(parts, 1) for purpose, parts in columns.items()})
 
     def gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device
     ) -> torch.Tensor:
-        return self._philox.gumbel(seeds, positions, vocab, device)
+        return self._noise.gumbel(seeds, positions, vocab, device)
 
     def draft_gumbel(
         self, seeds: Sequence[int], positions: Sequence[int], rows: Sequence[int], vocab: int,
         device: torch.device,
     ) -> torch.Tensor:  # fmt: skip
-        return self._philox.draft_gumbel(seeds, positions, rows, vocab, device)
+        return self._noise.draft_gumbel(seeds, positions, rows, vocab, device)
 
 
 def _unchanged(position: int, row: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ look as suspicious and do not. A harness in which no fault shows proves nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -73,14 +73,19 @@ def token(root: Any, rng: Any, fault: str = "") -> list[int]:
     return [*out, rng.categorical(node.p)]
 
 
+_GREEDY = "greedy, the target not modified"
+
+
 def block(root: Any, rng: Any, fault: str = "") -> list[int]:
     nodes, drafted, ratios = [root], list[tuple[int, Law]](), list[Probability]([1])
     while nodes[-1].proposals:
         x, q, child = nodes[-1].proposals[0]
         ratio = ratios[-1] * nodes[-1].p[x] / q[x]
-        ratios.append(ratio if fault == "clip at the end only" else min(ratio, 1))
+        ratios.append(ratio if fault in ("clip at the end only", _GREEDY) else min(ratio, 1))
         drafted.append((x, q))
         nodes.append(child)
+    if fault == _GREEDY:
+        return _greedy_block(nodes, drafted, ratios, rng)
     weights = [min(ratio, 1) for ratio in ratios]
     tau = 0
     for i in range(1, len(nodes)):
@@ -94,6 +99,31 @@ def block(root: Any, rng: Any, fault: str = "") -> list[int]:
     p, q = nodes[tau].p, drafted[tau][1]
     law = _positive(p, q, 1 if fault == "residual [p - q]+" else weights[tau])
     return [*out, _draw(p if fault == "resample from p" else law, p, rng)]
+
+
+def _greedy_block(
+    nodes: list[Any], drafted: list[tuple[int, Law]], ratios: list[Probability], rng: Any
+) -> list[int]:
+    """What accepts most in one step; sound only where the tokens that follow a rejection are drawn
+    from what is left of the target (Sun et al. 2024, 2403.10444, appendix)."""
+    last = len(drafted)
+    tau = next((i for i in range(last, 0, -1) if rng.bernoulli(_greedy_chance(
+        nodes, drafted, ratios[i], i))), 0)  # fmt: skip
+    out = [x for x, _ in drafted[:tau]]
+    p = nodes[tau].p
+    if tau == last:
+        return [*out, rng.categorical(p)]
+    return [*out, _draw(_positive(p, drafted[tau][1], ratios[tau]), p, rng)]
+
+
+def _greedy_chance(
+    nodes: list[Any], drafted: list[tuple[int, Law]], ratio: Probability, i: int
+) -> Probability:
+    if i == len(drafted):
+        return min(ratio, 1)
+    p, q = nodes[i].p, drafted[i][1]
+    short = sum(max(b - ratio * a, 0) for a, b in zip(p, q, strict=True))
+    return min(sum(_positive(p, q, ratio)) / short, 1) if short > 0 else 1
 
 
 def _block_chance(
@@ -230,6 +260,27 @@ def _stop_instead(tables: Tables, place: Place, rng: Rng) -> list[tuple[int, Law
     return [(x, q) for x, q in draw_iid(tables, place, rng) if q[x] >= 0.3]
 
 
+def _grow_by_token_and_depth(shape: Shape, tables: Tables, last: int, rng: Rng) -> Node:
+    """As many sequences as the root has children; the nodes of one token at one depth are one,
+    below whichever sequence drew it first (a merge that is not by path)."""
+    lists: dict[tuple[int, int], list[tuple[int, Law, Node]]] = {(0, last): []}
+    above: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def node(place: tuple[int, int]) -> Node:
+        return Node(tables.target[place[1]], lambda: lists[place])
+
+    for _ in range(shape[0]):
+        place = 0, last
+        for depth in range(1, len(shape) + 1):
+            q = tables.drafts[0][place[1]]
+            below = depth, rng.draw(q)
+            lists.setdefault(below, [])
+            if above.setdefault(below, place) == place:
+                lists[place].append((below[1], q, node(below)))
+            place = below
+    return node((0, last))
+
+
 # Drafts that only look wrong.
 
 
@@ -282,7 +333,7 @@ FAULTS: tuple[Variant, ...] = (
     *_verifiers(token, _IID, (1, 1), "resample from p", "resample from p without x",
                 "another temperature"),
     *_verifiers(block, _IID, (1, 1, 1), "early break", "residual [p - q]+", "clip at the end only",
-                "h = w", "R / (1 - q(x))", "resample from p"),
+                "h = w", "R / (1 - q(x))", "resample from p", _GREEDY),
     *_verifiers(recursive, _IID, (2, 2), "residual of the original p",
                 "no residual between siblings", "resample from p"),
     *_verifiers(traversal, _IID, (1, 1), "R / (1 - q(x))", "weight kept", "small p dropped"),
@@ -305,6 +356,8 @@ FAULTS: tuple[Variant, ...] = (
     *_drafts("best tokens verified with p / q", _declared(_draw_best, _renormalised), (2, 1),
              *_SIBLINGS),
     *_drafts("unsure token dropped", _stop_instead, (1, 1), "token", "block", *_SIBLINGS),
+    *(Variant(f"{r}: trees merged by token and depth", _definition(r), _grow_by_token_and_depth,
+              (2, 1)) for r in _SIBLINGS),
     Variant("typical", _definition("typical"), _IID, (1, 1, 1)),
 )  # fmt: skip
 
@@ -341,6 +394,7 @@ class KeyFault:
     rule: str
     draft: str
     shape: Shape
+    reads: Mapping[str, str] = field(default_factory=dict)  # a purpose that has another's numbers
 
 
 _BACKWARD = ("block", "traversal")  # they look at later draws before they decide earlier ones
@@ -356,6 +410,9 @@ KEY_FAULTS: tuple[KeyFault, ...] = tuple(
         ("siblings share a coin", ("accept",), _siblings, _SIBLINGS, "without replacement", (3,)),
     )
     for rule in rules
+) + tuple(
+    KeyFault("the draft sees the coins", {}, rule, "iid", (1, 1), {"draft": "accept"})
+    for rule in ("token", "block")
 )
 
 

@@ -131,7 +131,7 @@ def test_what_only_looks_wrong_is_exact(legal: wrong_rules.Variant) -> None:
 
 @pytest.mark.parametrize("fault", wrong_rules.KEY_FAULTS, ids=lambda f: f"{f.name}, {f.rule}")
 def test_number_under_another_key_shows(fault: wrong_rules.KeyFault) -> None:
-    noise, grow = RekeyedNoise(fault.keys), DRAFTS[fault.draft]
+    noise, grow = RekeyedNoise(fault.keys, fault.reads), DRAFTS[fault.draft]
     assert any(
         compare_keyed(
             noise, rule(fault.rule), grow, fault.shape, make_tables("generic", seed)
