@@ -1,9 +1,8 @@
 """Host memory in large pages, for what every pass reads from end to end.
 
 In pages of 4 KiB such a read needs a translation every 4 KiB, and the places that chance gives
-those pages decide how much of them the last cache holds. In pages of 2 MiB (Linux, transparent huge
-pages) plain decoding of the built-in pair takes a fifth less time, and equal engines are equally
-quick.
+those pages decide how much of them the last cache holds. Pages of 2 MiB (Linux, transparent huge
+pages) need few translations and lie in one piece.
 """
 
 import mmap
