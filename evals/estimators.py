@@ -294,16 +294,10 @@ def _counted(
             yield ("taken", rank), which == rank + 1
 
 
-class _Shared(SamplingParams):
-    """Texts of one law object are judged together."""
-
-    law = cache(SamplingParams.law)
-
-
 def estimates(case: Case | Followed, runs: Sequence[int]) -> list[dict[str, dict[str, Any]]]:
     """What each of these runs reports, by name; their texts are generated together."""
     recorder = Recorder(case.engine())
-    params = _Shared(case.tokens, temperature=case.temperature)
+    params = SamplingParams(case.tokens, temperature=case.temperature)
     prompts = [prompt for run in runs for prompt in case.prompts(run)]
     seeds = [derive_seed(run, 1, text) for run in runs for text in range(case.texts)]
     tallies = recorder.run(prompts, params, seeds)

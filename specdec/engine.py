@@ -27,7 +27,7 @@ from specdec.proposers.checked import check_proposer, checked, join
 from specdec.proposers.text import by_vocabulary
 from specdec.rng import Noise, PhiloxNoise, derive_seed
 from specdec.runner import ModelRunner, Runner
-from specdec.sampling import Law, SamplingParams
+from specdec.sampling import Law, SamplingParams, SharedLaws
 from specdec.scheduler import Scheduler
 from specdec.sequence import Sequence, StopCheck
 from specdec.shapes import expansion
@@ -134,6 +134,7 @@ class Engine:
         self.scheduler = Scheduler()
         self.stats = RunStats(lossless=verification == "auto" or RULES[verification].lossless)
         self._requests = 0
+        self._laws = SharedLaws()
         self._finished: list[Sequence] = []
 
     def _divide_memory(self, kv_memory: int, grow: bool) -> None:
@@ -200,7 +201,7 @@ class Engine:
             raise InvalidArgumentError(
                 f"request_id={name!r} is running already: expected a new one"
             )
-        law = sampling.law()
+        law = self._laws.of(sampling)
         seed = fresh_seed() if seed is None else seed
         seeds = [derive_seed(seed, 0, index) for index in range(n)]
         admitted: list[Sequence] = []

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence as Items
+from dataclasses import replace
 from math import isnan
 from typing import Any
 
@@ -94,6 +95,30 @@ def test_requests_in_one_batch_get_what_they_get_alone(make: Callable[..., Engin
     assert [together[name, 0] for name in names] == alone
     assert len(set(alone[3])) == 9
     assert alone[1] != alone[5]
+
+
+@pytest.mark.parametrize("drafting", [{"draft": None}, {"num_draft_tokens": 4}], ids=["no", "yes"])
+def test_requests_sampled_alike_are_judged_together_as_alone(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, drafting: dict[str, Any]
+) -> None:
+    """What is alike may be of any length; another top-k is another law."""
+    engine = make(**drafting)
+    alike = [SAMPLED, replace(SAMPLED, max_new_tokens=9), replace(SAMPLED)]
+    mixed = [*alike, replace(SAMPLED, top_k=49)]
+    alone = [one(engine, p, s, seed=3) for p, s in zip(PROMPTS, mixed, strict=True)]
+    judged: list[list[int]] = []
+    judge = engine.verifier._judge
+
+    def spy(rule: str, sequences: Items[Sequence], *rest: Any) -> Any:
+        judged.append([len(s.tokens) for s in sequences])
+        return judge(rule, sequences, *rest)
+
+    monkeypatch.setattr(engine.verifier, "_judge", spy)
+    names = [engine.add_request(p, s, seed=3) for p, s in zip(PROMPTS, mixed, strict=True)]
+    engine.step()
+    assert judged == [[len(p) for p in PROMPTS[:3]], [len(PROMPTS[3])]]
+    together = run(engine)
+    assert [together[name, 0] for name in names] == alone
 
 
 def test_request_that_joins_later_changes_nothing(make: Callable[..., Engine]) -> None:

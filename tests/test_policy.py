@@ -52,7 +52,7 @@ class Seq:
 
     def __init__(self, length: int = 20, remaining: int = 1000) -> None:
         self.tokens, self.remaining = [0] * length, remaining
-        self.law = None
+        self.law: Any = None
 
 
 def unsteady(sequence: Any) -> bool:
@@ -437,6 +437,20 @@ def test_free_draft_that_is_nearly_as_good_whole_is_not_cut(
     policy, sequence = CostPolicy(), Seq()
     policy.join(Copier(), lambda *_: known, unsteady)
     assert copier_step(policy, sequence, 2, whole) == kept
+
+
+def test_costs_are_asked_for_again_when_a_sequence_is_over() -> None:
+    """The next one may share its law; where there was no room to measure, there may be now."""
+    asked: list[Any] = []
+    policy, law = CostPolicy(), object()
+    policy.join(Sketch(), lambda sequences, _: asked.extend(sequences), unsteady)
+    pair = [Seq(), Seq()]
+    for sequence in pair:
+        sequence.law = law
+        for _ in range(2):
+            advance(policy, sequence, none)
+        policy.forget(sequence)  # type: ignore[arg-type]
+    assert asked == pair
 
 
 # --- the others

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from transformers.generation import logits_process as hf
 
 from specdec import Engine, SamplingParams
 from specdec.errors import InvalidArgumentError, SpecDecError
-from specdec.sampling import ForkableProcessor, Law, Paths, Prefix, Truncation, truncation
+from specdec.sampling import (
+    ForkableProcessor,
+    Law,
+    Paths,
+    Prefix,
+    SharedLaws,
+    Truncation,
+    truncation,
+)
 
 INF = float("inf")
 SIZES = (1, 2, 7, 63, 1000, 5003)
@@ -548,6 +557,29 @@ def test_min_new_tokens_counts_from_the_end_of_the_prompt() -> None:
     early = [n - p < 2 for n, p in zip(paths.lengths, paths.prompt_lens, strict=True)]
     assert scores[:, 1].isinf().tolist() == early
     assert scores[:, [0, *range(2, V)]].isfinite().all()
+
+
+def test_equal_params_share_a_law_while_it_is_in_use() -> None:
+    laws, params = SharedLaws(), SamplingParams(top_p=0.9, bad_words_ids=((1, 2),))
+    law = laws.of(params)
+    assert laws.of(SamplingParams(7, top_p=0.9, bad_words_ids=((1, 2),))) is law
+    assert laws.of(SamplingParams(top_p=0.8, bad_words_ids=((1, 2),))) is not law
+    gone = ref(law)
+    del law
+    assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"processors": LogitsProcessorList([hf.TopKLogitsWarper(3)])},
+        {"processors": (hf.TopKLogitsWarper(3),)}, {"logit_bias": {1: 1.0}},
+        {"bad_words_ids": [[1]]},
+    ],
+)  # fmt: skip
+def test_what_a_caller_could_still_change_is_not_shared(options: dict[str, Any]) -> None:
+    laws, params = SharedLaws(), SamplingParams(**options)
+    assert laws.of(params) is not laws.of(params)
 
 
 def test_greedy_ignores_what_comes_from_temperature_on() -> None:

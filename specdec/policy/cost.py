@@ -412,6 +412,7 @@ class CostPolicy(Policy):
             history.read = len(sequence.tokens) + min(accepted, depth - 1)
 
     def forget(self, sequence: Sequence) -> None:
+        self._measured = (0, None)  # there may be room to measure now; the next may share its law
         history = self._histories.pop(sequence, None)
         if history is None or not history.steady:
             return
