@@ -300,7 +300,8 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 
 def test_situation_tells_long_copies_from_short_ones() -> None:
-    its, proposer = sequence([1, 2, 3, 4, 5, 6, 7, 8, 9]), NgramProposer(max_ngram=3)
+    its = sequence([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    proposer = NgramProposer(max_ngram=3, edits=False)
     proposer.start(its)
     found = []
     for token in (1, 2, 3, 4, 5, 6, 7, 8, 50):
@@ -308,6 +309,19 @@ def test_situation_tells_long_copies_from_short_ones() -> None:
         found.append(proposer.situation(its))
     # the whole match is 1, 2, .. 8 tokens, then none
     assert found == [1, 2, 3, 3 + 1, 3 + 2, 3 + 2, 3 + 3, 3 + 3, 0]
+    proposer.finish(its)
+
+
+def test_a_copy_that_is_followed_has_situations_of_its_own() -> None:
+    its, proposer = sequence([1, 2, 3, 4, 5, 6, 7, 8, 9]), NgramProposer(max_ngram=3)
+    proposer.start(its)
+    found = []
+    for token in (1, 2, 3, 4, 5, 6, 50, 8, 9):
+        its.tokens.append(token)
+        found.append(proposer.situation(its))
+    edit = 3 + 6 + 1
+    # from six tokens on; an edit; back behind it; the prompt's end is the copy's
+    assert found == [1, 2, 3, 3 + 1, 3 + 2, edit + 3, edit, edit + 1, 2]
     proposer.finish(its)
 
 

@@ -9,12 +9,14 @@ import torch
 from specdec.cache import CacheGroup
 from specdec.errors import InvalidArgumentError
 from specdec.proposers.base import Proposer
+from specdec.proposers.edited_copy import EditedCopy
 from specdec.rng import Noise
 from specdec.sequence import Sequence
 from specdec.tree import TokenTree
 
 Occurrence = Literal["latest", "earliest"]
 MAX_NGRAM = 32  # the index holds an entry per token and length
+_LEAST_COPIED = 6  # tokens, of a copy that is followed across edits
 
 
 class NgramProposer(Proposer):
@@ -23,7 +25,9 @@ class NgramProposer(Proposer):
 
     A copy that reaches the end of the context goes on into itself, so a repeated line is drafted
     whole. branches: at most this many continuations, which differ in their first token, share the
-    budget as a tree: those of the longest match first, then those of shorter ones.
+    budget as a tree: those of the longest match first, then those of shorter ones. edits: a copy of
+    the prompt is followed across edits, and what was edited before is edited alike (EditedCopy);
+    that continuation comes before all others.
 
     The draft is a function of the committed tokens. A token costs max_ngram dictionary accesses
     once, and its memory is linear; nothing is scanned again.
@@ -35,7 +39,7 @@ class NgramProposer(Proposer):
 
     def __init__(
         self, *, max_ngram: int = 4, min_ngram: int = 1, occurrence: Occurrence = "latest",
-        branches: int = 1,
+        branches: int = 1, edits: bool = True,
     ) -> None:  # fmt: skip
         """Raises InvalidArgumentError for values out of range."""
         for name, value, least, most in (
@@ -50,11 +54,14 @@ class NgramProposer(Proposer):
             raise InvalidArgumentError(
                 f"occurrence={occurrence!r}: expected {' or '.join(get_args(Occurrence))}"
             )
+        if not isinstance(edits, bool):
+            raise InvalidArgumentError(f"edits={edits!r}: expected True or False")
         self.max_ngram, self.min_ngram = max_ngram, min_ngram
-        self.occurrence, self.branches = occurrence, branches
+        self.occurrence, self.branches, self.edits = occurrence, branches, edits
         self._device = torch.device("cpu")
         self._empty = TokenTree.empty(self._device)
         self._indexes: dict[Sequence, NgramIndex] = {}
+        self._copies: dict[Sequence, EditedCopy] = {}
 
     def join(self, group: CacheGroup, vocab_size: int) -> None:
         del vocab_size
@@ -62,15 +69,46 @@ class NgramProposer(Proposer):
         self._empty = TokenTree.empty(self._device)
 
     def start(self, sequence: Sequence) -> None:
+        tokens = sequence.tokens
         index = NgramIndex(self.min_ngram, self.max_ngram, self.occurrence, self.branches)
-        index.extend(sequence.tokens)
+        index.extend(tokens)
         self._indexes[sequence] = index
+        if self.edits:
+            self._copies[sequence] = copy = EditedCopy(len(tokens))
+            self._find_copy(index, copy, tokens)
+
+    def _read(self, sequence: Sequence) -> "NgramIndex":
+        """The index of a sequence, with what was said since the last call."""
+        index, tokens = self._indexes[sequence], sequence.tokens
+        copy = self._copies.get(sequence)
+        if copy is None:
+            index.extend(tokens)
+            return index
+        for place in range(index.size, len(tokens)):
+            index.extend(tokens, place + 1)
+            if copy.follows:
+                copy.read(tokens, place)
+            if not copy.follows:
+                self._find_copy(index, copy, tokens)
+        return index
+
+    def _find_copy(self, index: "NgramIndex", copy: EditedCopy, tokens: list[int]) -> None:
+        """Begins to follow the copy that the text is in, if it is long enough."""
+        length = index.match
+        if length == self.max_ngram:
+            same = length + index.further(tokens, length)
+            if same >= _LEAST_COPIED:
+                copy.begin(index.goes_on_at(length), same)
 
     def situation(self, sequence: Sequence) -> int:
         """The length of the match, 0 where there is none; where it is longer than max_ngram, the
-        bits of how much longer on top: a long copy goes on for longer."""
-        index = self._indexes[sequence]
-        index.extend(sequence.tokens)
+        bits of how much longer on top: a long copy goes on for longer. A copy that is followed has
+        situations of its own: an edit, then the bits of what was copied since."""
+        index = self._read(sequence)
+        copy = self._copies.get(sequence)
+        if copy is not None and copy.follows:
+            edit = self.max_ngram + MAX_NGRAM.bit_length() + 1
+            return edit + min(copy.run, MAX_NGRAM).bit_length()
         length = index.match
         if length < self.max_ngram:
             return length
@@ -85,14 +123,20 @@ class NgramProposer(Proposer):
             if not budget:  # what was said since is read when it is needed
                 trees.append(self._empty)
                 continue
-            index = self._indexes[sequence]
-            index.extend(sequence.tokens)
-            found = index.continuations(sequence.tokens, budget)
+            index, tokens = self._read(sequence), sequence.tokens
+            copy = self._copies.get(sequence)
+            copied: list[int] = []
+            if copy is not None and copy.follows:
+                otherwise = [] if copy.run else index.continuation(tokens, budget)
+                copied = copy.continuation(tokens, budget, otherwise)
+            found = index.continuations(tokens, budget, copied)
             trees.append(self._tree(found) if found else self._empty)
         return trees
 
     def finish(self, sequence: Sequence) -> None:
-        self._indexes.pop(sequence, None)  # one that failed on its way in was never started
+        # one that failed on its way in was never started
+        self._indexes.pop(sequence, None)
+        self._copies.pop(sequence, None)
 
     def _tree(self, chains: list[list[int]]) -> TokenTree:
         """Chains below the root; their first tokens differ."""
@@ -124,10 +168,11 @@ class NgramIndex:
         self._starts: list[tuple[int, ...]] = [()]
         self._active = [0]  # the nodes of the last 0, 1, .. max_ngram tokens
 
-    def extend(self, tokens: list[int]) -> None:
-        """Reads what the text has grown by since the last call."""
+    def extend(self, tokens: list[int], end: int | None = None) -> None:
+        """Reads what the text has grown by since the last call, or of it up to `end`."""
         children, starts, active = self._children, self._starts, self._active
-        for i in range(self.size, len(tokens)):
+        end = len(tokens) if end is None else end
+        for i in range(self.size, end):
             token = tokens[i]
             for node in active[self.min_ngram :]:
                 held = starts[node]
@@ -141,7 +186,7 @@ class NgramIndex:
                     starts.append(())
                 fresh.append(child)
             active = fresh
-        self._active, self.size = active, len(tokens)
+        self._active, self.size = active, end
 
     def _with(self, held: tuple[int, ...], start: int, tokens: list[int]) -> tuple[int, ...]:
         if self._keep_latest:
@@ -161,32 +206,45 @@ class NgramIndex:
                 return length
         return 0
 
+    def goes_on_at(self, length: int) -> int:
+        """The position behind the match of this length."""
+        return self._starts[self._active[length]][0]
+
     def further(self, tokens: list[int], length: int) -> int:
         """By how many tokens, up to MAX_NGRAM, the match of this length goes on backwards."""
-        start = self._starts[self._active[length]][0] - 1 - length
-        end = len(tokens) - 1 - length
+        start = self.goes_on_at(length) - 1 - length
+        end = self.size - 1 - length
         most = min(start + 1, MAX_NGRAM)
         same = 0
         while same < most and tokens[start - same] == tokens[end - same]:
             same += 1
         return same
 
-    def continuations(self, tokens: list[int], budget: int) -> list[list[int]]:
+    def continuation(self, tokens: list[int], count: int) -> list[int]:
+        """The best one, whole; empty where nothing matches."""
+        length = self.match
+        return _copy(tokens, self.goes_on_at(length), count) if length else []
+
+    def continuations(
+        self, tokens: list[int], budget: int, first: Items[int] = ()
+    ) -> list[list[int]]:
         """At most `branches` continuations of the text that was read, best first, of at most
-        `budget` tokens together."""
+        `budget` tokens together; first: one of as many tokens that is better than all of them."""
         limit = min(self.branches, budget)
         starts: dict[int, int] = {}  # first token -> position
+        if first:
+            starts[first[0]] = -1
         for node in self._active[: self.min_ngram - 1 : -1]:  # the longest n-gram first
+            if len(starts) >= limit:
+                break
             for start in self._starts[node]:
                 if len(starts) < limit:
                     starts.setdefault(tokens[start], start)
-            if len(starts) >= limit:
-                break
         chains = []
         for left, start in zip(range(len(starts), 0, -1), starts.values(), strict=True):
             share = -(-budget // left)
             budget -= share
-            chains.append(_copy(tokens, start, share))
+            chains.append(list(first[:share]) if start < 0 else _copy(tokens, start, share))
         return chains
 
 
