@@ -31,7 +31,7 @@ from specdec.cli.options import (
     prompt_options,
     seed_option,
     temperature_option,
-    top_options,
+    truncation_options,
 )
 from specdec.errors import InvalidArgumentError
 from specdec.evals import prompts as prompt_sets
@@ -88,7 +88,7 @@ from specdec.sampling import SamplingParams
     "where there is one]",
 )  # fmt: skip
 @temperature_option
-@top_options
+@truncation_options
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=3, show_default=True,
     help="How often each row continues each prompt.",
@@ -132,7 +132,7 @@ def bench(
     options: dict[str, dict[str, Any]], no_transformers: bool, assistant_tokens: tuple[int, ...],
     lookup_tokens: int, sources: tuple[str, ...], column: str | None, limit: int,
     max_new_tokens: int, ignore_eos: bool, chat: bool | None, temperature: float, top_k: int,
-    top_p: float, rounds: int, seed: int, verification: str, acceptance: float | None,
+    top_p: float, min_p: float, rounds: int, seed: int, verification: str, acceptance: float | None,
     cost: float, shape: str | None, prompt_tokens: int, dtype: str, device: str | None,
     threads: int | None, out: Path | None, answers: Path | None, traced: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -152,7 +152,7 @@ def bench(
         torch.set_num_threads(threads)
     models, names, tokenizer = _load(target, draft, no_draft, shape, dtype, where, acceptance)
     ends = () if ignore_eos or shape else end_tokens(models.target, tokenizer)
-    sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, eos_token_ids=ends)
+    sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, ends)
     dialogue: Dialogue | TokenPrompts
     if shape is not None:
         dialogue = TokenPrompts()
@@ -182,7 +182,7 @@ def bench(
         ),
         "chat": isinstance(dialogue, Dialogue) and dialogue.chat,
         "max_new_tokens": max_new_tokens, "eos_token_ids": ends, "temperature": temperature,
-        "top_k": top_k, "top_p": top_p, "rounds": rounds, "seed": seed,
+        "top_k": top_k, "top_p": top_p, "min_p": min_p, "rounds": rounds, "seed": seed,
         "verification": verification, "device": where, "threads": torch.get_num_threads(),
     }  # fmt: skip
     folder = RunFolder(out, "bench", settings, RECORD_SHAPES)
@@ -201,7 +201,7 @@ def bench(
         assert isinstance(dialogue, Dialogue)
         write_answers(answers, Path(target).name, summary, folder.records, tasks, dialogue)
     if traced and out is not None:
-        write_traces(out / TRACES, rows, tasks, dialogue, tokenizer, sampling, seed)
+        write_traces(out / TRACES, rows, tasks, dialogue, tokenizer, sampling, seed, with_bar)
     _report(summary, as_json)
 
 

@@ -86,6 +86,9 @@ def evaluate(
     errors over prompts, by depth, by rank of the child and by prompt set, the overlap of the two
     models' laws, the draft's entropy and calibration, and what measured costs say of speed: the
     predicted beside the measured one, the best length and tree.
+
+    At temperature 0 the overlap is how often the two agree on the best token; the draft's entropy
+    and calibration are those of its softmax at temperature 1, of which it drafts the best token.
     """
     check_members(options, speculations)
     needs_draft = any(each.num_drafts for each in speculations)
@@ -206,11 +209,11 @@ def _show_details(row: dict[str, Any]) -> None:
     if row["draft_entropy"] is not None:
         lines["entropy of the draft, nats"] = _with_error(row["draft_entropy"])
         lines["calibration error of the draft"] = _number(row["calibration"]["error"])
+        lines["both are of"] = row["draft_law"]
     else:
-        lines["entropy and calibration of the draft"] = (
-            "none: no drafted token was drawn from a law of its own (a greedy or coupled draft, or "
-            "a lookup)"
-        )
+        lines["entropy and calibration of the draft"] = f"none: {row['undefined']['draft_entropy']}"
+    if row["overlap"] is None:
+        lines["overlap"] = f"none: {row['undefined']['overlap']}"
     best, tree = row["best_length"], row["best_tree"]
     if best is not None:
         lines["best length"] = f"{best['length']}, speed {best['predicted_speed']:.2f} predicted"

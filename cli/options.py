@@ -145,7 +145,7 @@ temperature_option = click.option(
     help="0 is greedy decoding.",
 )  # fmt: skip
 
-top_options = _stacked(
+truncation_options = _stacked(
     click.option(
         "--top-k", type=click.IntRange(min=0), default=0, show_default=True,
         help="0 keeps all tokens.",
@@ -154,10 +154,6 @@ top_options = _stacked(
         "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
         help="Keep the likeliest tokens that have this mass.",
     ),
-)  # fmt: skip
-
-truncation_options = _stacked(
-    top_options,
     click.option(
         "--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True,
         help="Drop tokens less likely than this share of the likeliest.",

@@ -9,26 +9,22 @@ what token-wise verification accepts on average, without the noise of its coins 
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from specdec.costs import StepCosts
 from specdec.engine import Engine
 from specdec.errors import InvalidArgumentError
+from specdec.evals.draft_laws import drafting_models
 from specdec.evals.estimates import Estimate, ratio
 from specdec.evals.folder import RunFolder, Shape
+from specdec.evals.progress import Progress, by_share, silent
+from specdec.evals.recorder import BINS, Recorder, Tally, added
 from specdec.optimal import fastest_shape
 from specdec.profiling import now
-from specdec.rng import Noise, derive_seed
-from specdec.sampling import Law, Paths, SamplingParams
-from specdec.sequence import Sequence as Sample
-from specdec.tree import TokenTree
-from specdec.verifier import Verdict
+from specdec.rng import derive_seed
+from specdec.sampling import SamplingParams
 
-BINS = 10  # of the draft's confidence
 TREE_NODES, TREE_DEPTH = 48, 8
 _TOGETHER = 8  # prompts
 
@@ -38,7 +34,12 @@ RECORD_SHAPES: tuple[Shape, ...] = (
     {"kind": str, "setting": str, "set": str, "prompt": str, "plain": float, "speculative": float},
 )
 
-Progress = Callable[[Sequence[Any], str], Iterator[Any]]
+# What the draft's entropy and calibration are of.
+DRAWN = "the laws that drafted tokens were drawn from"
+UNDRAWN = (
+    "the draft model's own law, though its best tokens were drafted and nothing was drawn of it; "
+    "where it drafts greedily, the softmax of its logits at temperature 1"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,120 +59,6 @@ class Setting:
     name: str
     arguments: dict[str, Any]
     sampling: SamplingParams
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts of one prompt. Lists by depth or rank begin with the first."""
-
-    tokens: int = 0
-    steps: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    offered: list[int] = field(default_factory=list)  # by depth: steps that drafted so deep
-    kept: list[int] = field(default_factory=list)  # by depth: steps that accepted so deep
-    reached: list[int] = field(default_factory=list)  # by rank: nodes with so many draws
-    taken: list[int] = field(default_factory=list)  # by rank: this draw was accepted
-    overlap: float = 0.0
-    overlaps: int = 0
-    entropy: float = 0.0  # of the draft's laws, nats
-    laws: int = 0
-    confidence: list[float] = field(default_factory=lambda: [0.0] * BINS)  # of the best token
-    right: list[float] = field(default_factory=lambda: [0.0] * BINS)  # the target's probability
-    binned: list[int] = field(default_factory=lambda: [0] * BINS)
-    sizes: dict[str, int] = field(default_factory=dict)  # "depth nodes" -> steps
-    context: int = 0  # tokens before each step, summed
-
-    def add(self, tree: TokenTree, verdict: Verdict, p: Tensor | None) -> None:
-        """One step; p (rows, V): the target's laws, root row first; None: not compared."""
-        depth, ranks = tree.max_depth, tree.ranks(verdict.path)
-        self.drafted += len(tree)
-        self.accepted += verdict.accepted
-        for level in range(depth):
-            _count(self.offered, level, 1)
-            _count(self.kept, level, int(verdict.accepted > level))
-        for draws, which in ranks:
-            for rank in range(draws):
-                _count(self.reached, rank, 1)
-                _count(self.taken, rank, int(which == rank + 1))
-        size = f"{depth} {len(tree)}"
-        self.sizes[size] = self.sizes.get(size, 0) + 1
-        if p is None:
-            return
-        firsts: dict[int, Any] = {}
-        for proposal in tree.proposals:
-            firsts.setdefault(proposal.parent, proposal)
-        for node in (-1, *verdict.path):
-            if node in firsts:
-                self._compare(p[node + 1], firsts[node], tree)
-
-    def _compare(self, p: Tensor, first: Any, tree: TokenTree) -> None:
-        """The target's law at a node that was reached, and that of its first draw."""
-        self.overlaps += 1
-        if first.law.row is None or tree.laws is None:
-            self.overlap += float(p[first.token])
-            return
-        q = tree.laws[first.law.row].double()
-        target = p.double()
-        self.overlap += float(torch.minimum(target, q).sum())
-        self.entropy -= float((q * q.clamp_min(1e-300).log()).sum())
-        self.laws += 1
-        confidence, best = q.max(-1)
-        place = min(int(float(confidence) * BINS), BINS - 1)
-        self.confidence[place] += float(confidence)
-        self.right[place] += float(target[best])
-        self.binned[place] += 1
-
-
-def _count(counts: list[int], index: int, by: int) -> None:
-    counts.extend([0] * (index + 1 - len(counts)))
-    counts[index] += by
-
-
-class Recorder:
-    """Counts what an engine's verifier says, by sequence."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.tallies: dict[str, Tally] = {}
-        self._is_coupled = engine.proposer is not None and engine.proposer.law == "coupled"
-        self._verify = engine.verifier.verify
-        engine.verifier.verify = self._recorded  # type: ignore[method-assign]
-
-    def _recorded(
-        self, sequences: Sequence[Sample], trees: Sequence[TokenTree], noise: Noise
-    ) -> list[Verdict]:
-        verdicts = self._verify(sequences, trees, noise)
-        for sequence, tree, verdict in zip(sequences, trees, verdicts, strict=True):
-            tally = self.tallies.setdefault(sequence.request_id, Tally())
-            tally.context += len(sequence.tokens)
-            # a draft that shares the target's noise was not drawn from a law by itself
-            p = None if self._is_coupled else _laws(sequence.law, verdict.logits)
-            tally.add(tree, verdict, p)
-        return verdicts
-
-    def run(
-        self, prompts: Sequence[list[int]], sampling: SamplingParams, seeds: Sequence[int]
-    ) -> list[Tally]:
-        """Continues the prompts together."""
-        self.tallies.clear()
-        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            self.engine.add_request(prompt, sampling, seed=seed, request_id=str(number))
-        for out in self.engine:
-            tally = self.tallies[out.id]
-            tally.tokens, tally.steps = len(out.token_ids), out.stats.steps
-        return [self.tallies[str(number)] for number in range(len(prompts))]
-
-
-def _laws(law: Law, logits: Tensor) -> Tensor:
-    if law.greedy:
-        best = law.best(logits, _no_paths)
-        return torch.nn.functional.one_hot(best, logits.shape[1]).float()
-    return law.probabilities(logits, _no_paths)
-
-
-def _no_paths() -> Paths:
-    raise AssertionError("nothing here looks at a path")
 
 
 # --- what is reported of tallies
@@ -214,6 +101,7 @@ def summary(tallies: Sequence[Tally]) -> dict[str, Any]:
         "acceptance_by_position": [_plain(found) for found in by_position],
         "acceptance_by_rank": [_plain(found) for found in by_rank],
         "calibration": _calibration(tallies),
+        "draft_law": _draft_law(tallies),
         "tokens": sum(t.tokens for t in tallies),
         "steps": sum(t.steps for t in tallies),
         "drafted": sum(t.drafted for t in tallies),
@@ -247,6 +135,39 @@ def _calibration(tallies: Sequence[Tally]) -> dict[str, Any] | None:
             {"confidence": round(confidence, 4), "target": round(target, 4), "places": count}
         )
     return {"error": round(distance, 4), "bins": rows}
+
+
+def _draft_law(tallies: Sequence[Tally]) -> str | None:
+    laws, undrawn = sum(t.laws for t in tallies), sum(t.undrawn for t in tallies)
+    if not laws:
+        return None
+    if 0 < undrawn < laws:
+        return f"at {undrawn} of {laws} places {UNDRAWN}; at the others {DRAWN}"
+    return UNDRAWN if undrawn else DRAWN
+
+
+def undefined(row: dict[str, Any], engine: Engine) -> dict[str, str]:
+    """Why figures of a row are None, by their names."""
+    proposer = engine.proposer
+    if not row["drafted"]:
+        rates = law = costs = "nothing was drafted"
+    else:
+        models = len(drafting_models(proposer))
+        rates = "a draft that is drawn with the target's noise is judged by that, not by its law"
+        law = (
+            "several models draft" if models > 1
+            else "its model's law is not of the target's tokens"
+            if proposer is not None and proposer.needs_draft
+            else "a lookup has no law"
+        )  # fmt: skip
+        costs = "its steps could not be measured: there is no room for them in the cache"
+    reasons = {
+        **dict.fromkeys(("acceptance_rate", "overlap"), rates),
+        **dict.fromkeys(("draft_entropy", "calibration"), law),
+        **dict.fromkeys(("cost_ratio", "predicted_speed"), costs),
+        "measured_speed": "it was not timed",
+    }
+    return {name: why for name, why in reasons.items() if row[name] is None}
 
 
 # --- what follows from measured costs
@@ -322,7 +243,7 @@ class Evaluation:
     def __init__(
         self, target: Any, settings: Sequence[Setting], tasks: Sequence[Task], *,
         folder: RunFolder | None = None, samples: int = 1, rounds: int = 3, timed: int = 4,
-        seed: int = 0, progress: Progress = lambda items, _: iter(items),
+        seed: int = 0, progress: Progress = silent,
     ) -> None:  # fmt: skip
         """samples: continuations of each prompt; timed: prompts of each set whose speed is
         measured, in so many rounds, beside plain decoding. Raises InvalidArgumentError without
@@ -361,9 +282,9 @@ class Evaluation:
         tallies = self._by_dialogue(self._tallies(setting, engine))
         drafts = engine.proposer is not None and bool(engine.proposer.draft_rows(1))
         depth = max((len(t.offered) for t in tallies.values()), default=0)
-        costs = engine.step_costs(setting.sampling, max_depth=max(depth, 1)) if depth else None
+        costs = self._costs(setting, engine, depth) if depth else None
         sets = list(dict.fromkeys(task.set for task in self.tasks))
-        return {
+        row = {
             "name": setting.name,
             **summary(list(tallies.values())),
             "by_set": {
@@ -374,6 +295,11 @@ class Evaluation:
             "costs": None if costs is None else asdict(costs),
             "measured_speed": self._speed(setting) if self.timed else None,
         }
+        return {**row, "undefined": undefined(row, engine)}
+
+    def _costs(self, setting: Setting, engine: Engine, depth: int) -> StepCosts | None:
+        with by_share(self.progress, f"{setting.name}: costs") as report:
+            return engine.step_costs(setting.sampling, max_depth=depth, report=report)
 
     def _tallies(self, setting: Setting, engine: Engine) -> dict[tuple[str, str], Tally]:
         """By set and prompt; samples of a prompt are added up."""
@@ -386,26 +312,37 @@ class Evaluation:
             for number, task in enumerate(self.tasks)
             if (task.set, task.id) not in found
         ]
-        together = [jobs[i : i + _TOGETHER] for i in range(0, len(jobs), _TOGETHER)]
+        bar = self.progress(jobs, setting.name)
+        for _, (task, its) in zip(bar, self._counted(setting, engine, jobs), strict=True):
+            found[task.set, task.id] = its
+            self.folder.append(
+                {
+                    "kind": "tally", "setting": setting.name, "set": task.set, "prompt": task.id,
+                    "tally": asdict(its),
+                }
+            )  # fmt: skip
+        return {(task.set, task.id): found[task.set, task.id] for task in self.tasks}
+
+    def _counted(
+        self, setting: Setting, engine: Engine, jobs: Sequence[tuple[int, Task]]
+    ) -> Iterator[tuple[Task, Tally]]:
+        """Each when all its samples have ended."""
         recorder = Recorder(engine)
-        for some in self.progress(together, setting.name):
+        for first in range(0, len(jobs), _TOGETHER):
+            some = jobs[first : first + _TOGETHER]
             prompts = [task.tokens for _, task in some for _ in range(self.samples)]
             seeds = [
                 derive_seed(self.seed, number, sample)
                 for number, _ in some
                 for sample in range(self.samples)
             ]
-            each = recorder.run(prompts, setting.sampling, seeds)
-            for place, (_, task) in enumerate(some):
-                its = added(each[place * self.samples : (place + 1) * self.samples])
-                found[task.set, task.id] = its
-                self.folder.append(
-                    {
-                        "kind": "tally", "setting": setting.name, "set": task.set,
-                        "prompt": task.id, "tally": asdict(its),
-                    }
-                )  # fmt: skip
-        return {(task.set, task.id): found[task.set, task.id] for task in self.tasks}
+            parts: list[dict[int, Tally]] = [{} for _ in some]
+            for index, tally in recorder.each(prompts, setting.sampling, seeds):
+                place, sample = divmod(index, self.samples)
+                its = parts[place]
+                its[sample] = tally
+                if len(its) == self.samples:
+                    yield some[place][1], added([its[i] for i in range(self.samples)])
 
     def _by_dialogue(self, tallies: dict[tuple[str, str], Tally]) -> dict[tuple[str, str], Tally]:
         """Turns of a dialogue added up."""
@@ -451,27 +388,6 @@ class Evaluation:
 
     def _seed(self, number: int) -> int:
         return derive_seed(self.seed, number, 0)
-
-
-def added(tallies: Sequence[Tally]) -> Tally:
-    """The sum of several."""
-    total = Tally()
-    for tally in tallies:
-        for name, value in asdict(tally).items():
-            mine = getattr(total, name)
-            if isinstance(value, dict):
-                setattr(total, name, dict(Counter(mine) + Counter(value)))
-            elif isinstance(value, list):
-                size = max(len(mine), len(value))
-                pairs = zip(_padded(mine, size), _padded(value, size), strict=True)
-                setattr(total, name, [a + b for a, b in pairs])
-            else:
-                setattr(total, name, mine + value)
-    return total
-
-
-def _padded(values: list[Any], size: int) -> list[Any]:
-    return values + [0] * (size - len(values))
 
 
 def seconds_per_token(

@@ -4,7 +4,7 @@ Every row continues every prompt in every round, in turn; round r begins with an
 row is the baseline. A row whose texts are not the target's own (evals/gate.py) gets no speed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, quantiles
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 from specdec.evals.contenders import PLAIN, Contender, Ours, Turn
 from specdec.evals.folder import RunFolder, Shape
 from specdec.evals.gate import Gate, Verdict, uniform_p_value
+from specdec.evals.progress import Progress, silent
 from specdec.evals.prompts import Prompt
 from specdec.rng import derive_seed
 
-Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 Record = dict[str, Any]
 
 
@@ -82,7 +82,7 @@ class Bench:
     def __init__(
         self, rows: Sequence[Contender], tasks: Sequence[Task], dialogue: Dialogue | TokenPrompts,
         gate: Gate, folder: RunFolder, *, rounds: int, seed: int,
-        progress: Progress = lambda items, _: iter(items),
+        progress: Progress = silent,
     ) -> None:  # fmt: skip
         """The first row is the baseline that others are compared with."""
         self.rows, self.tasks, self.dialogue = list(rows), tasks, dialogue
@@ -153,7 +153,7 @@ class Bench:
         }
         baselines = [name for name in (self.rows[0].name, PLAIN) if name in by_row]
         found = []
-        for row in self.rows:
+        for row in self.progress(self.rows, "predicting"):
             against = {b: by_row[b] for b in baselines if b != row.name and verdicts[b].passed}
             summary = summarise(by_row[row.name], verdicts[row.name], against)
             label = _label(row, verdicts[row.name])

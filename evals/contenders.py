@@ -249,7 +249,7 @@ def _generation_config(sampling: SamplingParams) -> GenerationConfig:
         return GenerationConfig(do_sample=False, **config)
     return GenerationConfig(
         do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k,
-        top_p=sampling.top_p, **config,
+        top_p=sampling.top_p, min_p=sampling.min_p or None, **config,
     )  # fmt: skip
 
 

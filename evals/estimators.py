@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from specdec import Engine, SamplingParams
-from specdec.evals.acceptance import Recorder, Tally, summary
+from specdec.evals.acceptance import summary
 from specdec.evals.enumeration import (
     DRAFTS,
     START,
@@ -40,6 +40,7 @@ from specdec.evals.enumeration import (
     rule,
 )  # fmt: skip
 from specdec.evals.provenance import provenance
+from specdec.evals.recorder import Recorder, Tally
 from specdec.rng import derive_seed
 from specdec.toy import TableRunner, table_pair
 
@@ -155,7 +156,10 @@ class Followed:
                 yield ("kept", place), place < accepted
                 if place <= accepted:
                     yield ("nodes", 0), 1
-                    yield ("overlap", 0), self._law((*before, *drafted[:place]))[token]
+                    context = (*before, *drafted[:place])
+                    yield ("overlap", 0), self._law(context)[token]
+                    if self.drafts == "draft":  # of the law whose best token was drafted
+                        yield ("entropy", 0), _entropy(_pair()[1].law(context).tolist())
                     yield ("reached", 0), 1
                     yield ("taken", 0), place < accepted
             begun += accepted + 1
@@ -183,6 +187,11 @@ def _drafted(context: Tokens, depth: int) -> list[int]:
     for _ in range(depth):
         text.append(int(_pair()[1].law(tuple(text)).argmax()))
     return text[len(context) :]
+
+
+def _entropy(law: Sequence[float]) -> float:
+    """Nats."""
+    return -sum(x * log(x) for x in law if x > 0)
 
 
 def _size(case: Case | Followed) -> str:
@@ -288,7 +297,7 @@ def _counted(
         p, q = laws.target[before], laws.drafts[0][before]
         yield ("nodes", 0), 1
         yield ("overlap", 0), sum(map(min, p, q))
-        yield ("entropy", 0), -sum(x * log(x) for x in q if x > 0)
+        yield ("entropy", 0), _entropy(q)
         for rank in range(draws):
             yield ("reached", rank), 1
             yield ("taken", rank), which == rank + 1

@@ -37,6 +37,7 @@ from specdec.evals.audit import (
 )
 from specdec.evals.enumeration import Comparison
 from specdec.evals.planned import Apart, MadeUpCosts
+from specdec.evals.progress import Progress, silent
 from specdec.evals.two_sample import g_test, sample_size
 from specdec.proposers import find
 from specdec.proposers.retrieval_build import write_index
@@ -78,7 +79,6 @@ _SAMPLED = {"beam_tree"}
 
 
 Make = Callable[[Noise | None], Engine]
-Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Finding:
 
 def exact(
     options: dict[str, Any], *, drafts: bool, sampling: SamplingParams,
-    progress: Progress = lambda items, _: iter(items),
+    progress: Progress = silent,
 ) -> list[Finding]:  # fmt: skip
     """One finding per pair of tables. options: of Engine beside the models; drafts: whether a model
     drafts."""
@@ -107,7 +107,7 @@ def exact(
 
 def planted(
     options: dict[str, Any], *, drafts: bool, sampling: SamplingParams,
-    progress: Progress = lambda items, _: iter(items),
+    progress: Progress = silent,
 ) -> list[Finding]:  # fmt: skip
     """Mistakes put into the same code, one at a time; a finding passes where it was seen on some
     table. Raises InvalidArgumentError where none could show: one token has all the mass."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.engine import Engine
-from specdec.evals.bench import Dialogue, Progress, Task, TokenPrompts
+from specdec.evals.bench import Dialogue, Task, TokenPrompts
 from specdec.evals.contenders import (
     OURS,
     PLAIN,
@@ -17,6 +17,7 @@ from specdec.evals.contenders import (
     Turn,
     without_defaults,
 )
+from specdec.evals.progress import Progress
 from specdec.evals.synthetic import SyntheticAssistant
 from specdec.sampling import SamplingParams
 from specdec.toy import ContinuationRunner, SyntheticDraft

@@ -18,9 +18,10 @@ from typing import Any
 from specdec.engine import Engine
 from specdec.errors import InvalidArgumentError
 from specdec.evals import exact
-from specdec.evals.exact import Finding, Progress
+from specdec.evals.exact import Finding
 from specdec.evals.folder import RunFolder, Shape
 from specdec.evals.gate import Gate, Near
+from specdec.evals.progress import Progress, silent
 from specdec.evals.two_sample import Answer, Text, g_test, sample_size
 from specdec.rng import derive_seed
 from specdec.sampling import SamplingParams
@@ -123,7 +124,7 @@ class Auditor:
     def __init__(
         self, target: Any, draft: Any, options: dict[str, Any], prompts: Sequence[list[int]],
         sampling: SamplingParams, plan: Plan, *, folder: RunFolder | None = None, seed: int = 0,
-        progress: Progress = lambda items, _: iter(items), remark: Remark = lambda _: None,
+        progress: Progress = silent, remark: Remark = lambda _: None,
     ) -> None:  # fmt: skip
         """options: of Engine beside the models. With the real pair `auto` numbers of drafted tokens
         become those of policy="constant": where plain decoding is quicker `auto` drafts nothing,

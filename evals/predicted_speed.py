@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import Engine, SamplingParams, zoo
 from specdec.evals import prompts as prompt_sets
-from specdec.evals.acceptance import Recorder, Tally, forecast, seconds_per_token
+from specdec.evals.acceptance import forecast, seconds_per_token
 from specdec.evals.provenance import model_facts, provenance
+from specdec.evals.recorder import Recorder, Tally
 from specdec.rng import derive_seed
 
 LENGTHS = range(1, 9)

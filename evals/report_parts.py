@@ -197,14 +197,18 @@ def eval_part(name: str, raw: Raw) -> Part:
     """Acceptance rates with intervals, overlap, calibration, and predictions."""
     rows = raw["rows"]
     part = Part(f"eval: {name}", _facts(raw, ""))
-    heads = ["", "acceptance rate", "overlap", "tokens per pass", "draft entropy", "cost ratio",
-             "predicted speed", "measured speed"]  # fmt: skip
-    keys = ("acceptance_rate", "overlap", "tokens_per_target_pass", "draft_entropy", "cost_ratio",
+    heads = ["", "acceptance rate", "overlap", "tokens per pass", "cost ratio", "predicted speed",
+             "measured speed"]  # fmt: skip
+    keys = ("acceptance_rate", "overlap", "tokens_per_target_pass", "cost_ratio",
             "predicted_speed", "measured_speed")  # fmt: skip
-    part.tables.append(
+    part.tables += [
         Table("Acceptance: value ± standard error", heads,
-              [[row["name"], *(_estimate(row.get(key)) for key in keys)] for row in rows])
-    )  # fmt: skip
+              [[row["name"], *(_figure(row, key) for key in keys)] for row in rows]),
+        Table("The draft by itself: value ± standard error",
+              ["", "entropy, nats", "calibration error", "both are of"],
+              [[row["name"], _figure(row, "draft_entropy"), _figure(row, "calibration"),
+                row.get("draft_law") or "-"] for row in rows]),
+    ]  # fmt: skip
     sets = list(dict.fromkeys(s for row in rows for s in row["by_set"]))
     per_set = {s: {row["name"]: _value(row["by_set"][s]["tokens_per_target_pass"])
                    for row in rows if s in row["by_set"]} for s in sets}  # fmt: skip
@@ -328,8 +332,16 @@ def _spread(found: Raw | None) -> str:
 
 def _value(found: Any) -> float:
     if isinstance(found, dict):
-        found = found.get("value", found.get("median"))
+        found = next((found[key] for key in ("value", "median", "error") if key in found), None)
     return 0.0 if found is None else float(found)
+
+
+def _figure(row: Raw, key: str) -> str:
+    """One of an evaluation, or why there is none."""
+    found = row.get(key)
+    if found is None and key in row.get("undefined", {}):
+        return f"none: {row['undefined'][key]}"
+    return _estimate(found)
 
 
 def _estimate(found: Any) -> str:

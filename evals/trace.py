@@ -11,6 +11,7 @@ import torch
 from specdec.engine import Engine
 from specdec.evals.bench import Dialogue, Task, TokenPrompts
 from specdec.evals.contenders import Contender, Ours
+from specdec.evals.progress import Progress, silent
 from specdec.proposers import EnsembleProposer
 from specdec.rng import Noise
 from specdec.sampling import Paths, SamplingParams
@@ -99,18 +100,18 @@ def trace(engine: Engine, prompt: Items[int], sampling: SamplingParams, seed: in
 
 def write_traces(
     path: Path, rows: Items[Contender], tasks: Items[Task], dialogue: Dialogue | TokenPrompts,
-    tokenizer: Any, sampling: SamplingParams, seed: int,
+    tokenizer: Any, sampling: SamplingParams, seed: int, progress: Progress = silent,
 ) -> None:  # fmt: skip
     """The first turn of the first prompt, by every row of ours that drafts."""
     task = tasks[0]
     prompt = dialogue.tokens(task.prompt.turns[:1], [])
+    ours = [r for r in rows if isinstance(r, Ours) and r.engine.proposer is not None]
     found = [
         {
             "row": row.name, "set": task.set, "prompt": task.prompt.id,
             "trace": trace(row.engine, prompt, sampling, seed).as_dict(tokenizer),
         }
-        for row in rows
-        if isinstance(row, Ours) and row.engine.proposer is not None
+        for row in progress(ours, "traces")
     ]  # fmt: skip
     path.write_text(json.dumps({"traces": found}) + "\n", encoding="utf-8")
 

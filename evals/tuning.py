@@ -8,7 +8,7 @@ only.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from specdec.evals.candidates import (
     of_tree,
     shortened,
 )
+from specdec.evals.progress import Progress, by_share, silent
 from specdec.evals.provenance import provenance
 from specdec.evals.tree_rates import LEVELS, PROBE, by_depth_and_rank, refined
 from specdec.optimal import Acceptance, TreeChoice, fastest_shape
@@ -39,8 +40,6 @@ TIMED, TIMED_OF_A_KIND = 9, 2  # beside plain decoding and the default
 PICTURES = (".png", ".svg", ".pdf")
 # Rounds repeat prompts: remembering their answers would be no draft.
 _FORGETFUL = {"suffix": {"proposer_options": {"cache_tokens": 0}}}
-
-Progress = Callable[[Sequence[Any], str], Iterator[Any]]
 
 
 @dataclass(slots=True)
@@ -97,7 +96,7 @@ class Tuner:
 
     def __init__(
         self, target: Any, draft: Any, prompts: Sequence[list[int]], sampling: SamplingParams, *,
-        rounds: int = 3, progress: Progress = lambda items, _: iter(items),
+        rounds: int = 3, progress: Progress = silent,
         tokenizers: dict[str, Any] | None = None, batches: Sequence[int] = (1,),
         contexts: Sequence[int] = (),
     ) -> None:  # fmt: skip
@@ -291,12 +290,18 @@ class Tuner:
         """Of every place where there is room to measure them."""
         if name not in self.costs:
             self.costs[name] = known = {}
-            for place in self.progress(self.places, f"costs of {name}"):
-                costs = engine.step_costs(
-                    self.sampling, batch=place.batch, max_depth=longest, context=place.context
-                )
-                if costs is not None:
-                    known[place] = costs
+            with by_share(self.progress, f"costs of {name}") as report:
+                for done, place in enumerate(self.places):
+
+                    def part(share: float, done: int = done) -> None:
+                        report((done + share) / len(self.places))
+
+                    costs = engine.step_costs(
+                        self.sampling, batch=place.batch, max_depth=longest, context=place.context,
+                        report=part,
+                    )  # fmt: skip
+                    if costs is not None:
+                        known[place] = costs
         return self.costs[name]
 
     def _usual_length(self) -> int:

@@ -16,7 +16,7 @@ from specdec.costs import StepCosts
 from specdec.errors import InvalidArgumentError
 from specdec.forward import one_thread
 from specdec.policy import Policy, make_policy, planned
-from specdec.profiling import Profiler
+from specdec.profiling import Profiler, Report, silent
 from specdec.proposers import (
     DraftModelProposer,
     DraftTreeProposer,
@@ -154,18 +154,22 @@ class Engine:
 
     def step_costs(
         self, sampling: SamplingParams, *, batch: int = 1, max_depth: int = 16,
-        context: int | None = None, fresh: bool = False,
+        context: int | None = None, fresh: bool = False, report: Report = silent,
     ) -> StepCosts | None:  # fmt: skip
         """Measured seconds of a step of `batch` sequences, by drafted depth, from the cache of
         measured costs where they are known; None without a proposer, and where the cache has no
         room to measure them.
 
         context: tokens of each sequence, and the costs hold there only; None: of a short one, with
-        what further tokens add. fresh: measured now and kept nowhere.
+        what further tokens add. fresh: measured now and kept nowhere. report: called with what
+        share of the measuring is done.
         """
         if self.proposer is None:
             return None
-        return self._profiler.costs(sampling.law(), batch, max_depth, context=context, fresh=fresh)
+        law = sampling.law()
+        return self._profiler.costs(
+            law, batch, max_depth, context=context, fresh=fresh, report=report
+        )
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every cache group is in order."""

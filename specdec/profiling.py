@@ -42,6 +42,15 @@ def now(device: torch.device) -> float:
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
+Report = Callable[[float], None]  # what share of the measuring is done
+_NEAR = 0.7  # of it, all that is measured at one context
+
+
+def silent(share: float) -> None:
+    """Reports to nobody."""
+    del share
+
+
 _Step = tuple[float, float, int]  # seconds of drafting and of verification, rows per sequence
 
 
@@ -102,6 +111,7 @@ class _Bench:
 def profile(
     verifier: Verifier, proposer: Proposer, noise: Noise, law: Law, batch: int, *,
     max_depth: int, context: int = CONTEXT, far_context: int = FAR_CONTEXT, seconds: float = 1.5,
+    report: Report = silent,
 ) -> StepCosts:  # fmt: skip
     """The costs of a step of `batch` sequences of `context` tokens sampled by `law`, up to
     max_depth; what further tokens cost is found at far_context, and 0 where that is not far.
@@ -118,6 +128,10 @@ def profile(
     rows: dict[int, int] = {}
     with _Opened(verifier, proposer, noise, law, batch, context, _room(proposer, grid)) as bench:
         began = time.perf_counter()
+        report(0.0)
+
+        def spent() -> float:
+            return (time.perf_counter() - began) / seconds
 
         def measure(depth: int, steps: int = _RUN) -> None:
             for _ in range(_SETTLING):
@@ -128,18 +142,20 @@ def profile(
                 verify.setdefault(depth, []).append(verifying)
 
         for count, depth in enumerate(grid):
-            if count < 3 or time.perf_counter() - began < seconds:
+            if count < 3 or spent() < 1:
                 measure(depth, 1)
         for round_ in range(_ROUNDS):
+            report(_NEAR * min(1.0, max(spent(), round_ / _ROUNDS)))
             for depth in list(draft):
-                late = time.perf_counter() - began >= seconds
+                late = spent() >= 1
                 if not late and (depth <= _DEEP or round_ % _SELDOM == 0):
                     measure(depth)
         catch_up = _catch_up(bench) if proposer.draft_rows(1) else 0.0
     few = [d for d in (0, 4, 1) if d in draft][:2]
     draft_slope, verify_slope, row_slope = _slopes(
-        verifier, proposer, noise, law, batch, few, (context, far_context), seconds / 3
-    )
+        verifier, proposer, noise, law, batch, few, (context, far_context), seconds / 3,
+        lambda share: report(_NEAR + (1 - _NEAR) * share),
+    )  # fmt: skip
     depths = sorted(draft)
     return StepCosts(
         batch, context, tuple(depths), tuple(rows[d] for d in depths),
@@ -221,7 +237,7 @@ def _usual(measure: Callable[[], float]) -> float:
 
 def _slopes(
     verifier: Verifier, proposer: Proposer, noise: Noise, law: Law, batch: int,
-    depths: Items[int], contexts: tuple[int, int], seconds: float,
+    depths: Items[int], contexts: tuple[int, int], seconds: float, report: Report,
 ) -> tuple[float, float, float]:  # fmt: skip
     """Seconds per further token of context: of a drafted level, of a pass, of each of its rows.
 
@@ -242,7 +258,9 @@ def _slopes(
         pairs: dict[int, list[tuple[_Step, _Step]]] = {}
         began = time.perf_counter()
         for count in range(_ROUNDS):
-            if count > _FEW_ROUNDS and time.perf_counter() - began > seconds:
+            spent = (time.perf_counter() - began) / seconds
+            report(min(1.0, max(spent, count / _ROUNDS)))
+            if count > _FEW_ROUNDS and spent > 1:
                 break
             for depth in depths:
                 pair = near.step(depth), far.step(depth)
@@ -303,7 +321,7 @@ class Profiler:
 
     def costs(
         self, law: Law, batch: int, max_depth: int, *, context: int | None = None,
-        fresh: bool = False,
+        fresh: bool = False, report: Report = silent,
     ) -> StepCosts | None:  # fmt: skip
         """Costs of a step of a batch, rounded up to a power of two, sampled by this law, down to a
         depth; None where they cannot be measured. context: measured there, and there only. fresh:
@@ -319,8 +337,8 @@ class Profiler:
             return self._known[where]
         with nullcontext() if self._uses_threads() else one_thread():
             if fresh:
-                return self._measure(batch, law, max_depth, contexts)
-            found = self._find(batch, law, mode, max_depth, contexts)
+                return self._measure(batch, law, max_depth, contexts, report)
+            found = self._find(batch, law, mode, max_depth, contexts, report)
         if found is not None:
             self._known[where] = found
         return found
@@ -340,8 +358,9 @@ class Profiler:
         return any(getattr(runner, "uses_threads", True) for runner in runners)
 
     def _find(
-        self, batch: int, law: Law, mode: str, max_depth: int, contexts: tuple[int, int]
-    ) -> StepCosts | None:
+        self, batch: int, law: Law, mode: str, max_depth: int, contexts: tuple[int, int],
+        report: Report,
+    ) -> StepCosts | None:  # fmt: skip
         key = self._key(batch, mode, max_depth, contexts)
         kept = None if key is None else CostCache(key)
         if kept is not None:
@@ -350,21 +369,21 @@ class Profiler:
                 _MEASURED[entry] = loaded
             if entry in _MEASURED:
                 return _MEASURED[entry]
-        costs = self._measure(batch, law, max_depth, contexts)
+        costs = self._measure(batch, law, max_depth, contexts, report)
         if kept is not None and costs is not None:
             _MEASURED[tuple(kept.key.items())] = costs
             kept.save(costs)
         return costs
 
     def _measure(
-        self, batch: int, law: Law, max_depth: int, contexts: tuple[int, int]
+        self, batch: int, law: Law, max_depth: int, contexts: tuple[int, int], report: Report
     ) -> StepCosts | None:
         verifier, proposer, noise = self._parts
         plain = law.truncated(law.truncation, greedy=law.greedy, processors=False)
         try:
             return profile(
                 verifier, proposer, noise, plain, batch, max_depth=max_depth,
-                context=contexts[0], far_context=contexts[1],
+                context=contexts[0], far_context=contexts[1], report=report,
             )  # fmt: skip
         except (CacheFullError, NumericalError):  # a model gone wrong is named by the real step
             return None

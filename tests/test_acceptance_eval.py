@@ -15,17 +15,9 @@ from specdec.cli.main import main
 from specdec.cli.models import load_model
 from specdec.costs import StepCosts
 from specdec.errors import InvalidArgumentError
-from specdec.evals.acceptance import (
-    Evaluation,
-    Recorder,
-    Setting,
-    Tally,
-    Task,
-    added,
-    forecast,
-    summary,
-)
+from specdec.evals.acceptance import DRAWN, UNDRAWN, Evaluation, Setting, Task, forecast, summary
 from specdec.evals.folder import RunFolder
+from specdec.evals.recorder import Recorder, Tally, added
 from specdec.toy import TableRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,6 +66,7 @@ def test_overlap_and_entropy_are_those_of_the_laws() -> None:
     [calibration] = found["calibration"]["bins"]
     assert (calibration["confidence"], calibration["target"]) == (0.4, 0.0)
     assert found["calibration"]["error"] == 0.4
+    assert found["draft_law"] == DRAWN
 
 
 def test_tree_is_counted_by_depth_and_rank() -> None:
@@ -95,6 +88,7 @@ def test_certain_draft_is_compared_by_its_token() -> None:
     found = summary(run(engine))
     assert found["draft_entropy"] is None
     assert found["calibration"] is None
+    assert found["draft_law"] is None
     assert 0.2 < found["overlap"]["value"] < 0.5
 
 
@@ -219,6 +213,7 @@ def test_interrupted_run_goes_on_where_it_stood(
         )  # fmt: skip
 
     labels = []
+    done = []
 
     def stops(items: Sequence[Any], label: str) -> Iterator[Any]:
         if label == "tree":
@@ -227,12 +222,16 @@ def test_interrupted_run_goes_on_where_it_stood(
 
     def goes_on(items: Sequence[Any], label: str) -> Iterator[Any]:
         labels.append((label, len(items)))
-        yield from items
+        for item in items:
+            yield item
+            done.append(label)
 
     with pytest.raises(KeyboardInterrupt):
         evaluation(stops).run()
     rows = evaluation(goes_on).run()["rows"]
-    assert labels == [("chain", 0), ("tree", 1)]
+    # a bar moves with each prompt, those of one batch included
+    assert [label for label in labels if "costs" not in label[0]] == [("chain", 0), ("tree", 3)]
+    assert done.count("tree") == 3
     whole = Evaluation(target, settings(draft)[:2], TASKS, timed=0).run()["rows"]
     for row, other in zip(rows, whole, strict=True):
         assert row["acceptance_rate"] == other["acceptance_rate"]
@@ -290,8 +289,13 @@ def test_table_and_details(cli: Callable[..., Result], short: str) -> None:
     names = ["draft:3 auto T=0", "draft:3 auto T=1", "ngram:4 auto T=0", "ngram:4 auto T=1"]
     assert [line[:16] for line in result.stdout.splitlines()[1:5]] == names
     assert "accepted by depth: " in result.stdout
-    assert "entropy of the draft, nats: " in result.stdout
-    assert result.stdout.count("entropy and calibration of the draft: none: ") == 3
+    assert result.stdout.count("entropy of the draft, nats: ") == 2
+    assert result.stdout.count("both are of: the draft model's own law, though its best") == 1
+    assert result.stdout.count("both are of: the laws that drafted tokens were drawn from") == 1
+    assert result.stdout.count("calibration of the draft: none: a lookup has no law") == 1
+    # the sampled text repeats nothing
+    assert result.stdout.count("calibration of the draft: none: nothing was drafted") == 1
+    assert result.stdout.count("  overlap: none: nothing was drafted") == 1
     assert "1 of 3 prompts left out" in result.stderr
 
 
@@ -299,11 +303,16 @@ def test_json_and_folder(cli: Callable[..., Result], short: str, tmp_path: Path)
     args = ["--prompts", short, "--proposer", "tree:2,1", "--out", str(tmp_path / "run"), "--json"]
     result = cli(*args)
     content = json.loads(result.stdout)
-    assert [row["name"] for row in content["rows"]] == ["tree:2,1 auto T=0"]
+    [row] = content["rows"]
+    assert row["name"] == "tree:2,1 auto T=0"
+    assert row["draft_entropy"]["value"] > 0
+    assert row["calibration"]["error"] > 0
+    assert row["draft_law"] == UNDRAWN
+    assert row["undefined"] == {"measured_speed": "it was not timed"}
     assert content["settings"]["prompts"] == [[short, "0"], [short, "1"]]
     assert content["sessions"][0]["versions"]["specdec"]
     lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
-    assert [json.loads(line)["prompt"] for line in lines] == ["0", "1"]
+    assert sorted(json.loads(line)["prompt"] for line in lines) == ["0", "1"]
     again = json.loads(cli(*args).stdout)
     assert again["rows"][0]["acceptance_rate"] == content["rows"][0]["acceptance_rate"]
     assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == 2

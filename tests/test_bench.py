@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from specdec.evals.contenders import PLAIN, Contender, Ours, Speculation, Theirs
 from specdec.evals.folder import RunFolder, read_records
 from specdec.evals.gate import Gate, Near, uniform_p_value
 from specdec.evals.lineup import Models, Synthetic, Wanted, known_texts, lineup, synthetic_lineup
+from specdec.evals.progress import Progress, silent
 from specdec.evals.prompts import Prompt
 from specdec.evals.random_models import NAMES, random_model, random_prompts, shape
 from specdec.evals.spec_bench import write_answers
+from specdec.evals.trace import write_traces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,11 +48,12 @@ def tasks(*texts: str) -> list[Task]:
 def run_bench(
     rows: list[Contender], gate: Gate, tokenizer: Any, *, rounds: int = 2, out: Path | None = None,
     settings: dict[str, Any] | None = None, work: list[Task] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:  # fmt: skip
     folder = RunFolder(out, "bench", settings or {})
     work = tasks(TEXT, "def sort(") if work is None else work
     dialogue = Dialogue(tokenizer, chat=False)
-    return Bench(rows, work, dialogue, gate, folder, rounds=rounds, seed=0).run()
+    return Bench(rows, work, dialogue, gate, folder, rounds=rounds, seed=0, progress=progress).run()
 
 
 # --- what the cost model says
@@ -266,6 +269,30 @@ def test_sampled_rows_are_judged_by_their_noise_or_by_the_law(
     assert by_name["specdec draft:3"]["p_value"] > 1e-4
     assert by_name["specdec draft:3"]["tested_tokens"] == 72
     assert all(row["passed"] for row in by_name.values())
+
+
+def test_everything_that_takes_a_while_has_a_bar(
+    target: Model, draft: Model, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = lineup(
+        both_sides(target, draft), GREEDY,
+        Wanted((Speculation.parse("draft:3"), Speculation.parse("ngram")), transformers=False),
+    )  # fmt: skip
+    bars: dict[str, int] = {}
+
+    def progress(items: Sequence[Any], label: str) -> Iterator[Any]:
+        for item in items:
+            yield item
+            bars[label] = bars.get(label, 0) + 1
+
+    run_bench(rows, Gate(copy.deepcopy(target), GREEDY), tokenizer, rounds=1, progress=progress)
+    write_traces(
+        tmp_path / "traces.json", rows, tasks(TEXT), Dialogue(tokenizer, chat=False), tokenizer,
+        GREEDY, 0, progress,
+    )  # fmt: skip
+    assert bars == {
+        "warming up": 3, "timing": 2, "checking the texts": 3, "predicting": 3, "traces": 2,
+    }  # fmt: skip
 
 
 def test_spread_and_depths() -> None:
@@ -484,6 +511,32 @@ def test_command_prints_a_table_and_keeps_what_it_measured(models: Path, tmp_pat
     assert summary["settings"]["proposer_options"] == {"ngram": {"max_ngram": 2}}
     assert summary["settings"]["target"]["class"] == "LlamaForCausalLM"
     assert len(summary["settings"]["target"]["sha256"]) == 64
+
+
+def test_min_p_is_every_row_s(models: Path, tmp_path: Path) -> None:
+    """No token is less likely than the likeliest: the text is the greedy one, whatever is drawn."""
+
+    def texts(*more: str) -> dict[str, list[list[int]]]:
+        out = tmp_path / more[-1]
+        command = arguments(
+            models, "--prompts", "chat", "--proposer", "draft:3", "--proposer", "ngram:2",
+            "--json", "--out", str(out), *more,
+        )  # fmt: skip
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["settings"]["min_p"] == (
+            float(more[-1]) if more[2:] else 0
+        )
+        found: dict[str, list[list[int]]] = {}
+        for record in read_records(out):
+            found.setdefault(record["row"], []).append(record["turns"][0]["tokens"])
+        return found
+
+    greedy, cut = texts("--temperature", "0"), texts("--temperature", "1.5", "--min-p", "1")
+    assert set(greedy) == set(cut)
+    assert "transformers" in greedy
+    for row, found in cut.items():
+        assert found == greedy["specdec plain"], row
 
 
 def test_command_with_a_synthetic_draft_says_so(models: Path) -> None:

@@ -235,16 +235,19 @@ def test_an_evaluation_shows_rates_with_their_errors() -> None:
         "acceptance_by_rank": [], "by_set": {"json": {"tokens_per_target_pass": rate}},
         "calibration": {"error": 0.1, "bins": [{"confidence": 0.3, "target": 0.2, "places": 4}]},
         "cost_ratio": 0.1, "predicted_speed": 1.5, "measured_speed": {"median": 1.4},
+        "draft_law": "of tables", "undefined": {"draft_entropy": "it looked"},
     }  # fmt: skip
     raw = {"rows": [row], "settings": {"seed": 0}, "sessions": [], "left_out": {"x": "no room"}}
     part = eval_part("run", raw)
     assert part.tables[0].rows[0] == [
-        "draft 4", "0.500 ± 0.050", "0.500 ± 0.050", "0.250", "-", "0.100", "1.500", "1.400",
+        "draft 4", "0.500 ± 0.050", "0.500 ± 0.050", "0.250", "0.100", "1.500", "1.400",
     ]  # fmt: skip
+    assert part.tables[1].rows[0] == ["draft 4", "none: it looked", "0.100", "of tables"]
     assert ("left out: x", "no room") in part.facts
     assert len(part.plots) == 3
     page = Reader(html([part], "x"))
     assert "svg" in page.tags
+    assert "none: it looked" in page.text
 
 
 # --- pictures

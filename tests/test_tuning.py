@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,19 @@ def loaded_once() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tuning(target: Model, draft: Model, one_thread: Iterator[None]) -> Tuning:
     del one_thread
-    return Tuner(target, draft, PROMPTS, GREEDY, rounds=1, batches=(1, 2), contexts=(96,)).run()
+    tuner = Tuner(
+        target, draft, PROMPTS, GREEDY, rounds=1, batches=(1, 2), contexts=(96,), progress=shown
+    )
+    return tuner.run()
+
+
+BARS: list[tuple[str, int, int]] = []  # label, item, of how many
+
+
+def shown(items: Sequence[Any], label: str) -> Iterator[Any]:
+    for done, item in enumerate(items, 1):
+        yield item
+        BARS.append((label, done, len(items)))
 
 
 def test_everything_that_was_timed_comes_first(tuning: Tuning) -> None:
@@ -208,6 +220,13 @@ def test_costs_and_advice_are_of_every_place(tuning: Tuning) -> None:
     for each in tuning.advice[1:]:
         assert each.predicted >= 1
         assert not each.setting.name.endswith(", auto")  # there it would do something else
+
+
+def test_costs_of_all_places_share_a_bar(tuning: Tuning) -> None:
+    for name in tuning.costs:
+        steps = [(done, of) for label, done, of in BARS if label == f"costs of {name}"]
+        assert steps == [(done, 100) for done in range(1, 101)]
+    assert "timing" in {label for label, _, _ in BARS}
 
 
 # --- the command
