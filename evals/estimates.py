@@ -16,7 +16,8 @@ _ROUNDING = 1e-9  # an error that is less than this of the scale is none
 class Estimate:
     """A ratio of sums over clusters; error: its standard error, nan where one cluster is all.
 
-    bounds: between which it must lie; effective: how many clusters of one size weigh as much.
+    bounds: between which it must lie; effective: how many clusters of one size weigh as much;
+    counted: the tries that it is a share of, scaled to its bounds; infinite where it is of none.
     """
 
     value: float
@@ -24,15 +25,18 @@ class Estimate:
     clusters: int  # that had something to count
     bounds: tuple[float, float] | None = None
     effective: float = 1.0
+    counted: float = inf
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
         """By Student's law; unbounded, or the bounds, where the error is unknown.
 
         With bounds it is Wilson's, of a share of so many independent tries as would have this
-        error: near a bound the simple interval covers too little (Korn and Graubard 1998, Survey
-        Methodology 24, section 2, has the effective number; Brown, Cai and DasGupta 2001, section
-        3, the intervals). No share of n equal clusters has fewer than n tries; an error that large
-        is that of bounds which differ from cluster to cluster, and Student's law is taken.
+        error: near a bound the simple interval covers too little (Brown, Cai and DasGupta 2001,
+        section 3). Where tries were counted, Student's quantile is divided by what it would be if
+        each were a cluster of its own, and the normal one by none: what is uncertain is how tries
+        hang together, and single ones cannot (Korn and Graubard 1998, Survey Methodology 24,
+        section 2). No share of n equal clusters has fewer than n tries; an error that large is that
+        of bounds which differ from cluster to cluster, and Student's law is taken.
 
         Clusters that all agree do not make it certain: so many leave room for others, up to the
         share that Wilson's interval gives to what was seen in none of them (0.18 of 20 clusters;
@@ -40,7 +44,8 @@ class Estimate:
         """
         if self.error != self.error:
             return self.bounds or (-inf, inf)
-        reach = student_quantile((1 + confidence) / 2, self.clusters - 1)
+        upper = (1 + confidence) / 2
+        reach = student_quantile(upper, self.clusters - 1)
         scale = abs(self.value) if self.bounds is None else self.bounds[1] - self.bounds[0]
         if self.error <= _ROUNDING * scale:
             return self._of_agreeing(reach)
@@ -53,7 +58,8 @@ class Estimate:
         tries = spread / error**2
         if tries < self.effective / 2:  # of which half, since the error is an estimate
             return simple
-        square = reach**2 / tries
+        single = student_quantile(upper, max(self.counted, self.clusters) - 1)
+        square = (reach * NormalDist().inv_cdf(upper) / single) ** 2 / tries
         middle = (share + square / 2) / (1 + square)
         half = sqrt(square * (spread + square / 4)) / (1 + square)
         return low + (high - low) * (middle - half), low + (high - low) * (middle + half)
@@ -99,10 +105,15 @@ def ratio(
         return Estimate(value, nan, 1, bounds)
     effective = total**2 / sum(b * b for _, b in pairs)  # Kish 1965, Survey Sampling, 8.2
     squares = sum(((above - a) / (total - b) - value) ** 2 for a, b in pairs)
-    return Estimate(value, sqrt((n - 1) / n * squares), n, bounds, effective)
+    counted: float = inf
+    if bounds is not None and all(float(a).is_integer() for a, _ in pairs):
+        counted = round(
+            total * (bounds[1] - bounds[0])
+        )  # one above the line for each that succeeds
+    return Estimate(value, sqrt((n - 1) / n * squares), n, bounds, effective, counted)
 
 
-def student_quantile(probability: float, degrees: int) -> float:
+def student_quantile(probability: float, degrees: float) -> float:
     """Of Student's law, by the expansion around the normal one (Abramowitz and Stegun, 26.7.5);
     within 1 % from 3 degrees on, exact for 1 and 2."""
     if not 0 < probability < 1 or degrees < 1:
@@ -121,7 +132,7 @@ def student_quantile(probability: float, degrees: int) -> float:
     )
 
 
-def _few_degrees(probability: float, degrees: int) -> float:
+def _few_degrees(probability: float, degrees: float) -> float:
     if degrees == 1:
         return tan(pi * (probability - 0.5))
     a = 4 * probability * (1 - probability)

@@ -91,6 +91,34 @@ def test_interval_stays_inside_its_bounds() -> None:
     assert twice == pytest.approx((1 + 2 * low, 1 + 2 * high))
 
 
+def test_tries_that_are_a_cluster_each_need_no_student() -> None:
+    """Their error is sqrt(0.8 * 0.2 / 4), as of 4 tries: Wilson's interval of the normal 1.96. Many
+    tries of as many clusters, and what is no share of tries, keep Student's 2.776."""
+    single = ratio([1, 1, 1, 1, 0], [1] * 5, (0, 1))
+    assert single is not None
+    assert single.interval() == pytest.approx(wilson(0.8, 4, 1.960), abs=1e-3)
+    many = ratio([400, 400, 400, 400, 300], [400] * 5, (0, 1))
+    fractions = ratio([0.5, 0.5, 0.5, 0.5, 0.375], [0.5] * 5, (0, 1))
+    for found in (many, fractions):
+        assert found is not None
+        tries = 0.95 * 0.05 / found.error**2
+        assert found.interval() == pytest.approx(wilson(0.95, tries, 2.776), abs=3e-3)
+    # 24 tries in 4 clusters: between the two, 1.960 * 3.182 / 2.069
+    some = ratio([5, 5, 5, 3], [6] * 4, (0, 1))
+    assert some is not None
+    tries = 0.75 * 0.25 / some.error**2
+    assert some.interval() == pytest.approx(wilson(0.75, tries, 3.015), abs=3e-3)
+
+
+def wilson(share: float, tries: float, reach: float) -> tuple[float, float]:
+    """The shares whose own error, reach times, holds `share`: Wilson's, found by trying all."""
+    held = [
+        p / 1e5 for p in range(1, 10**5)
+        if abs(share - p / 1e5) <= reach * (p / 1e5 * (1 - p / 1e5) / tries) ** 0.5
+    ]  # fmt: skip
+    return held[0], held[-1]
+
+
 def test_clusters_that_agree_leave_room_for_others() -> None:
     """Wilson's bound of 0 in 20: 2.093**2 / (20 + 2.093**2) = 0.18, whatever was counted in each;
     the others could be at either bound."""
