@@ -37,8 +37,8 @@ RECORD_SHAPES: tuple[Shape, ...] = (
 # What the draft's entropy and calibration are of.
 DRAWN = "the laws that drafted tokens were drawn from"
 UNDRAWN = (
-    "the draft model's own law, though its best tokens were drafted and nothing was drawn of it; "
-    "where it drafts greedily, the softmax of its logits at temperature 1"
+    "the draft's own laws, whose best tokens were drafted (of a greedy draft: its softmax at "
+    "temperature 1)"
 )
 
 
@@ -119,8 +119,9 @@ def _plain(found: Estimate | None) -> dict[str, Any] | None:
 
 
 def _calibration(tallies: Sequence[Tally]) -> dict[str, Any] | None:
-    """By the draft's confidence in its best token: what the target gives that token. error: their
-    mean distance over all bins (expected calibration error, Guo et al. 2017, 1706.04599)."""
+    """By the draft's confidence in its best token: what the target gives that token; of a greedy
+    target, how often that is its own. error: their mean distance over all bins (expected
+    calibration error, Guo et al. 2017, 1706.04599)."""
     rows, distance, total = [], 0.0, sum(sum(t.binned) for t in tallies)
     if not total:
         return None

@@ -236,7 +236,8 @@ def eval_part(name: str, raw: Raw) -> Part:
     ]  # fmt: skip
     if calibrated:
         part.plots.append(
-            Plot("Calibration of the draft", "What the target gives the draft's best token.",
+            Plot("Calibration of the draft", "What the target gives the draft's best token; of "
+                 "a greedy target, how often it agrees.",
                  lambda: plots.lines(calibrated, x="confidence of the draft",
                                      y="probability in the target", top=1.05))
         )  # fmt: skip

@@ -290,7 +290,7 @@ def test_table_and_details(cli: Callable[..., Result], short: str) -> None:
     assert [line[:16] for line in result.stdout.splitlines()[1:5]] == names
     assert "accepted by depth: " in result.stdout
     assert result.stdout.count("entropy of the draft, nats: ") == 2
-    assert result.stdout.count("both are of: the draft model's own law, though its best") == 1
+    assert result.stdout.count("both are of: the draft's own laws, whose best tokens") == 1
     assert result.stdout.count("both are of: the laws that drafted tokens were drawn from") == 1
     assert result.stdout.count("calibration of the draft: none: a lookup has no law") == 1
     # the sampled text repeats nothing
