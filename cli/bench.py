@@ -22,16 +22,17 @@ from specdec.cli.models import (
 from specdec.cli.options import (
     LOSSLESS,
     check_members,
+    count_option,
     end_tokens,
     json_option,
-    member_option,
     model_options,
-    named_speculations,
     out_option,
     prompt_options,
+    row_options,
     seed_option,
     temperature_option,
     truncation_options,
+    with_tokenizer,
 )
 from specdec.errors import InvalidArgumentError
 from specdec.evals import prompts as prompt_sets
@@ -58,27 +59,15 @@ from specdec.sampling import SamplingParams
 @click.command()
 @model_options
 @click.option("--no-draft", is_flag=True, help="Compare what drafts without a model only.")
-@click.option(
-    "--proposer", "speculations", multiple=True, callback=named_speculations,
-    metavar="NAME|NAME:N|tree:K1,K2,…",
-    help="A row: what drafts, with a fixed length or shape where one is given; names with commas "
-    "between them share one tree; may be repeated.  [default: what makes sense for the pair]",
-)  # fmt: skip
-@member_option
+@row_options()
 @click.option("--no-transformers", is_flag=True, help="Leave transformers' own rows out.")
 @click.option(
     "--assistant-tokens", type=click.IntRange(min=1), multiple=True, metavar="N",
     help="A row of transformers' assistant with N tokens in every pass; may be repeated.",
 )  # fmt: skip
-@click.option(
-    "--lookup-tokens", type=click.IntRange(min=1), default=10, show_default=True, metavar="N",
-    help="transformers' prompt_lookup_num_tokens.",
-)  # fmt: skip
+@count_option("--lookup-tokens", 10, "transformers' prompt_lookup_num_tokens.")
 @prompt_options(10, several=True)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
-    help="Tokens per turn at most.",
-)  # fmt: skip
+@count_option("--max-new-tokens", 128, "Tokens per turn at most.")
 @click.option(
     "--ignore-eos", is_flag=True, help="Go on behind end tokens: every text has its full length."
 )
@@ -89,10 +78,7 @@ from specdec.sampling import SamplingParams
 )  # fmt: skip
 @temperature_option
 @truncation_options
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=3, show_default=True,
-    help="How often each row continues each prompt.",
-)  # fmt: skip
+@count_option("--rounds", 3, "How often each row continues each prompt.")
 @seed_option
 @click.option(
     "--verification", type=click.Choice(LOSSLESS), default="auto", show_default=True,
@@ -110,10 +96,7 @@ from specdec.sampling import SamplingParams
     "--random-weights", "shape", type=click.Choice(NAMES), default=None,
     help="A target of this published shape with random weights, on random prompts.",
 )  # fmt: skip
-@click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=32, show_default=True,
-    help="Length of those prompts.",
-)  # fmt: skip
+@count_option("--prompt-tokens", 32, "Length of those prompts.")
 @click.option(
     "--threads", type=click.IntRange(min=1), default=None, help="Of torch.  [default: its own]"
 )
@@ -163,7 +146,7 @@ def bench(
     if not speculations:
         speculations = _defaults(models, acceptance, shape)
     check_members(options, speculations)
-    options = _with_tokenizer(options, speculations, tokenizer)
+    options = with_tokenizer(options, speculations, tokenizer)
     wanted = Wanted(
         speculations, not no_transformers, assistant_tokens, lookup_tokens, verification, options
     )
@@ -275,15 +258,6 @@ def _load(
         model, copy.deepcopy(model), small, copy.deepcopy(small), tokenizers=tokenizers or None
     )
     return both, names, tokenizer
-
-
-def _with_tokenizer(
-    options: dict[str, dict[str, Any]], speculations: Sequence[Speculation], tokenizer: Any
-) -> dict[str, dict[str, Any]]:
-    """retrieval checks its index against the target's tokenizer."""
-    if not any("retrieval" in each.members for each in speculations):
-        return options
-    return {**options, "retrieval": {"tokenizer": tokenizer, **options.get("retrieval", {})}}
 
 
 def _defaults(

@@ -13,17 +13,18 @@ from specdec.cli.options import (
     LOSSLESS,
     Pair,
     check_members,
+    count_option,
     each_once,
     end_tokens,
     json_option,
     load_pair,
-    member_option,
     model_options,
-    named_speculations,
     out_option,
     prompt_options,
+    row_options,
     seed_option,
     truncation_options,
+    with_tokenizer,
 )
 from specdec.errors import InvalidArgumentError
 from specdec.evals.acceptance import RECORD_SHAPES, Evaluation, Setting, Task
@@ -35,14 +36,7 @@ from specdec.sampling import SamplingParams
 
 @click.command("eval")
 @model_options
-@click.option(
-    "--proposer", "speculations", multiple=True, callback=named_speculations,
-    default=("draft:4", "tree:2,2,1", "ngram:8"), show_default=True,
-    metavar="NAME|NAME:N|tree:K1,K2,…",
-    help="What drafts, with a length or shape; names with commas between them share one tree; may "
-    "be repeated.",
-)  # fmt: skip
-@member_option
+@row_options(("draft:4", "tree:2,2,1", "ngram:8"))
 @click.option(
     "--verification", "rules", multiple=True, type=click.Choice(LOSSLESS), callback=each_once,
     default=("auto",), show_default=True, help="The rule that accepts; may be repeated.",
@@ -54,22 +48,12 @@ from specdec.sampling import SamplingParams
 )  # fmt: skip
 @truncation_options
 @prompt_options(20, several=True, more=TURNS)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
-    help="Tokens per prompt at most.",
-)  # fmt: skip
-@click.option(
-    "--samples", type=click.IntRange(min=1), default=1, show_default=True,
-    help="Continuations of each prompt.",
-)  # fmt: skip
-@click.option(
-    "--timed", type=click.IntRange(min=0), default=4, show_default=True,
-    help="Prompts of each set whose speed is measured beside plain decoding.",
-)  # fmt: skip
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=3, show_default=True,
-    help="How often each of those is continued; the least time counts.",
-)  # fmt: skip
+@count_option("--max-new-tokens", 64, "Tokens per prompt at most.")
+@count_option("--samples", 1, "Continuations of each prompt.")
+@count_option(
+    "--timed", 4, "Prompts of each set whose speed is measured beside plain decoding.", least=0
+)
+@count_option("--rounds", 3, "How often each of those is continued; the least time counts.")
 @seed_option
 @out_option
 @json_option()
@@ -101,9 +85,10 @@ def evaluate(
     tasks = _tasks(pair, sources, column, limit, max_new_tokens)
     ends = end_tokens(pair.target, pair.tokenizer)
     tokenizers = pair.options["proposer_options"]
+    known = with_tokenizer(options, speculations, pair.tokenizer)
     settings = []
     for each, rule, temperature in product(speculations, rules, temperatures):
-        arguments = each.arguments(pair.draft, _with_tokenizers(each, options, tokenizers, pair))
+        arguments = each.arguments(pair.draft, _with_tokenizers(each, known, tokenizers))
         # where plain decoding is quicker, auto would draft nothing
         arguments |= {"policy": "constant", "verification": rule}
         sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, ends)
@@ -144,15 +129,13 @@ def _exactly(temperature: float) -> str:
 
 
 def _with_tokenizers(
-    each: Speculation, options: dict[str, dict[str, Any]], tokenizers: dict[str, Any], pair: Pair
+    each: Speculation, options: dict[str, dict[str, Any]], tokenizers: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """What the members must know beside their own options."""
-    found = {name: dict(its) for name, its in options.items()}
-    if "retrieval" in each.members:
-        found.setdefault("retrieval", {})["tokenizer"] = pair.tokenizer
-    if tokenizers and each.num_drafts and len(each.members) == 1:
-        found[each.members[0]] = {**tokenizers, **found.get(each.members[0], {})}
-    return found
+    """Both, where a draft has a tokenizer of its own."""
+    if not (tokenizers and each.num_drafts and len(each.members) == 1):
+        return options
+    [name] = each.members
+    return {**options, name: {**tokenizers, **options.get(name, {})}}
 
 
 def _tasks(

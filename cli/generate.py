@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from specdec.cli.console import TokenPrinter, closing_line, colour_wanted, remark, to_stdout
 from specdec.cli.inputs import questions, read_prompts
 from specdec.cli.options import (
+    count_option,
     draft_options,
     end_tokens,
     load_pair,
@@ -71,13 +72,7 @@ class _Output:
 )
 @model_options
 @click.option("--no-speculation", is_flag=True, help="Plain decoding, the baseline.")
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    help="Length of the continuation at most.",
-)
+@count_option("--max-new-tokens", 128, "Length of the continuation at most.")
 @temperature_option
 @truncation_options
 @click.option(

@@ -28,6 +28,7 @@ from specdec.proposers import RetrievalProposer
 from specdec.shapes import expansion
 
 Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 # rules of commands that look at lossless ones only
 LOSSLESS = ["auto", *(name for name, rule in RULES.items() if rule.lossless)]
@@ -109,7 +110,7 @@ class ProposerName(click.Choice[str]):
         return [super(ProposerName, self).convert(name, param, ctx) for name in value.split(",")]
 
 
-def _stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def _stacked(*options: Decorator) -> Decorator:
     def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -160,14 +161,45 @@ truncation_options = _stacked(
     ),
 )  # fmt: skip
 
-member_option = click.option(
-    "--proposer-option", "options", multiple=True, callback=member_options,
-    metavar="NAME.OPTION=VALUE",
-    help="An option of a proposer, such as ngram.max_ngram=3; may be repeated.",
-)  # fmt: skip
+
+def count_option(name: str, default: int, text: str, *, least: int = 1) -> Decorator:
+    """A whole number; text: its help."""
+    kind = click.IntRange(min=least)
+    return click.option(name, type=kind, default=default, show_default=True, help=text)
 
 
-def prompt_options(limit: int, *, several: bool, more: str = "") -> Callable[[Command], Command]:
+def row_options(default: tuple[str, ...] = ()) -> Decorator:
+    """--proposer, as `speculations`, one row each, and --proposer-option, as `options`.
+
+    default: the rows unless some are given; none: those that make sense for the models.
+    """
+    others = "" if default else "  [default: what makes sense for the pair]"
+    return _stacked(
+        click.option(
+            "--proposer", "speculations", multiple=True, callback=named_speculations,
+            default=default, show_default=bool(default), metavar="NAME|NAME:N|tree:K1,K2,…",
+            help="A row: what drafts, with a fixed length or shape where one is given; names with "
+            f"commas between them share one tree; may be repeated.{others}",
+        ),
+        click.option(
+            "--proposer-option", "options", multiple=True, callback=member_options,
+            metavar="NAME.OPTION=VALUE",
+            help="An option of a proposer, such as ngram.max_ngram=3; may be repeated.",
+        ),
+    )  # fmt: skip
+
+
+def with_tokenizer(
+    options: dict[str, dict[str, Any]], speculations: Sequence[Speculation], tokenizer: Any
+) -> dict[str, dict[str, Any]]:
+    """Options of proposers, by name: retrieval checks its index against the target's tokenizer."""
+    name = RetrievalProposer.name
+    if not any(name in each.members for each in speculations):
+        return options
+    return {**options, name: {"tokenizer": tokenizer, **options.get(name, {})}}
+
+
+def prompt_options(limit: int, *, several: bool, more: str = "") -> Decorator:
     """--prompts, as `sources` where several may be named, else `source`; --column and --limit.
 
     limit: what it is unless given. more: a sentence on what is done with prompts.
@@ -201,7 +233,7 @@ out_option = click.option(
 )  # fmt: skip
 
 
-def json_option(instead_of: str = "a table") -> Callable[[Command], Command]:
+def json_option(instead_of: str = "a table") -> Decorator:
     return click.option(
         "--json", "as_json", is_flag=True, help=f"Print JSON instead of {instead_of}."
     )

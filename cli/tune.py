@@ -16,7 +16,13 @@ from specdec.cli.models import (
     load_tokenizer,
     tokenizer_options,
 )
-from specdec.cli.options import end_tokens, json_option, model_options, temperature_option
+from specdec.cli.options import (
+    count_option,
+    end_tokens,
+    json_option,
+    model_options,
+    temperature_option,
+)
 from specdec.cli.recipe import Recipe, flags
 from specdec.errors import InvalidArgumentError
 from specdec.evals import prompts as prompt_sets
@@ -38,10 +44,7 @@ _ROWS, _DEPTHS = (1, 2, 3, 5, 9, 17, 33), (1, 2, 4, 8, 12)  # shown of what was 
 @click.option(
     "--limit", type=click.IntRange(min=2), default=12, show_default=True, help="Prompts at most."
 )
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=2), default=64, show_default=True,
-    help="Tokens per prompt at most.",
-)  # fmt: skip
+@count_option("--max-new-tokens", 64, "Tokens per prompt at most.", least=2)
 @temperature_option
 @click.option(
     "--batch", "batches", type=click.IntRange(min=1), multiple=True, default=(1, 4),
@@ -52,10 +55,7 @@ _ROWS, _DEPTHS = (1, 2, 3, 5, 9, 17, 33), (1, 2, 4, 8, 12)  # shown of what was 
     "--context", "contexts", type=click.IntRange(min=1), multiple=True,
     help="Tokens of each; may be repeated.  [default: those of the prompts' texts]",
 )  # fmt: skip
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=3, show_default=True,
-    help="How often each setting continues each prompt; the least time counts.",
-)  # fmt: skip
+@count_option("--rounds", 3, "How often each setting continues each prompt; the least time counts.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), default="tuned.json",
     show_default=True, help="Save everything here, as JSON.",

@@ -10,6 +10,7 @@ import click
 from specdec.cli.console import remark, with_bar
 from specdec.cli.dialogues import TURNS, read_contexts
 from specdec.cli.options import (
+    count_option,
     draft_options,
     end_tokens,
     json_option,
@@ -36,10 +37,7 @@ from specdec.sampling import SamplingParams
 )  # fmt: skip
 @truncation_options
 @prompt_options(8, several=False, more=TURNS)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
-    help="Length of texts that are compared token by token.",
-)  # fmt: skip
+@count_option("--max-new-tokens", 64, "Length of texts that are compared token by token.")
 @click.option(
     "--detect-tv", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05,
     show_default=True,
