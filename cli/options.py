@@ -264,8 +264,8 @@ draft_options = _stacked(
     ),
     click.option(
         "--policy", type=click.Choice(POLICIES), default="auto", show_default=True,
-        help="How many tokens to draft; auto keeps to a number or tree that is given, else to what "
-        "measured costs make quickest.",
+        help="How much to draft; auto keeps to a number that is given, else to what measured costs "
+        "make quickest, of a tree its first levels or none.",
     ),
     click.option(
         "--verification", type=click.Choice(["auto", *RULES]), default="auto", show_default=True,

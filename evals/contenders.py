@@ -105,7 +105,7 @@ class Speculation:
         if self.length is not None:
             found["num_draft_tokens"] = self.length
         if self.tree is not None:
-            found["tree"] = self.tree
+            found |= {"tree": self.tree, "policy": "constant"}
         # rounds repeat prompts: remembering their answers would be no draft
         options = {**options, SuffixProposer.name: {"cache_tokens": 0, **options.get("suffix", {})}}
         its = {name: options[name] for name in self.members if options.get(name)}

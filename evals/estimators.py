@@ -80,8 +80,8 @@ class Case:
         target = TableRunner(lambda text: laws.target[text[-1] if text else START], V)
         draft = TableRunner(lambda text: laws.drafts[0][text[-1] if text else START], V)
         return Engine(
-            target, draft=draft, tree=self.shape, verification=self.rule, kv_memory=1 << 24,
-            grow=True,
+            target, draft=draft, tree=self.shape, policy="constant", verification=self.rule,
+            kv_memory=1 << 24, grow=True,
         )  # fmt: skip
 
     def prompts(self, run: int) -> list[list[int]]:

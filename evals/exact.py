@@ -26,7 +26,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TemperatureLogitsWarper
 
-from specdec.engine import NAMED_SHAPES, Engine
+from specdec.engine import Engine
 from specdec.errors import InvalidArgumentError
 from specdec.evals.audit import (
     TOLERANCE,
@@ -356,12 +356,11 @@ def small_options(options: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def plans_by_cost(options: dict[str, Any]) -> bool:
-    """Whether an engine of these options plans by costs: unless it is told a number, or a shape."""
+    """Whether an engine of these options plans by costs: unless it is told a number."""
     policy, number = options.get("policy") or "auto", options.get("num_draft_tokens", "auto")
     if policy == "cost":
         return bool(number != 0)
-    named = {*(options.get("proposer_options") or {}), *(k for k, v in options.items() if v)}
-    return policy == "auto" and number == "auto" and NAMED_SHAPES.isdisjoint(named)
+    return bool(policy == "auto" and number == "auto")
 
 
 def _small_own(options: dict[str, Any], folder: Path) -> dict[str, Any]:

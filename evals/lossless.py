@@ -126,9 +126,9 @@ class Auditor:
         sampling: SamplingParams, plan: Plan, *, folder: RunFolder | None = None, seed: int = 0,
         progress: Progress = silent, remark: Remark = lambda _: None,
     ) -> None:  # fmt: skip
-        """options: of Engine beside the models. With the real pair `auto` numbers of drafted tokens
-        become those of policy="constant": where plain decoding is quicker `auto` drafts nothing,
-        and there would be nothing to audit; on tables it plans, with costs that are made up.
+        """options: of Engine beside the models. With the real pair policy="constant" stands
+        for `auto`: where plain decoding is quicker `auto` drafts nothing, and there would be
+        nothing to audit; on tables it plans, with costs that are made up.
         remark: is told that, and how long the sampling will take. Raises InvalidArgumentError where
         no prompt is left."""
         if not prompts:
@@ -148,7 +148,7 @@ class Auditor:
         if exact.plans_by_cost(self._asked):
             self.remark(
                 "on tables drafts are planned by costs that are made up; with the real pair a "
-                "constant number stands for the policy of costs, which might draft nothing"
+                "constant number or shape stands for the policy of costs, which might draft nothing"
             )
         parts = [
             self._kept("exact", self._exact),

@@ -35,10 +35,15 @@ class MadeUpCosts(CostPolicy):
 
     def join(self, proposer: Proposer, measure: Measure, steady: Steady) -> None:
         del measure
-        depths = tuple(range(len(self._made_up)))
-        rows = tuple(1 + proposer.nodes_within(depth) for depth in depths)
+        rows = [1]
+        for depth in range(1, len(self._made_up)):
+            nodes = proposer.nodes_within(depth)
+            if nodes < rows[-1]:  # below the deepest level of a shape
+                break
+            rows.append(1 + nodes)
+        depths, seconds = tuple(range(len(rows))), self._made_up[: len(rows)]
         # all of it in the pass: where a lookup drafts, the rest costs nothing
-        costs = StepCosts(1, 0, depths, rows, (0.0,) * len(depths), self._made_up)
+        costs = StepCosts(1, 0, depths, tuple(rows), (0.0,) * len(rows), seconds)
         super().join(proposer, lambda *_: costs, steady)
 
 

@@ -43,7 +43,10 @@ def settings(draft: Any) -> dict[str, dict[str, Any]]:
             f"draft {n}": {"draft": draft, "num_draft_tokens": n, "policy": "constant"}
             for n in LENGTHS
         },
-        **{f"tree {','.join(map(str, tree))}": {"draft": draft, "tree": tree} for tree in TREES},
+        **{
+            f"tree {','.join(map(str, tree))}": {"draft": draft, "tree": tree, "policy": "constant"}
+            for tree in TREES
+        },
     }
 
 

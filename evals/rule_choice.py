@@ -51,7 +51,7 @@ class Contender:
 
     def wrap(self, target: Any, draft: Any) -> specdec.SpecModel:
         return specdec.wrap(
-            target, draft=draft, tree=self.shape, verification=self.rule,
+            target, draft=draft, tree=self.shape, policy="constant", verification=self.rule,
             proposer_options={"kind": self.kind},
         )  # fmt: skip
 

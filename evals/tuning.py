@@ -181,13 +181,15 @@ class Tuner:
         found += self._trees()
         for nodes, depth, top_k in ((6, 3, 3), (16, 6, 4)):
             name, options = "dynamic_tree", {"nodes": nodes, "depth": depth, "top_k": top_k}
-            arguments = {"proposer": name, "proposer_options": options}
+            arguments = {"proposer": name, "policy": "constant", "proposer_options": options}
             found.append(
                 self._tried(f"dynamic tree of {nodes} nodes", name, arguments, f"{name} {nodes}")
             )
         if self.sampling.temperature > 0:
             options = {"width": 2, "depth": 3}
-            arguments = {"proposer": "beam_tree", "proposer_options": options}
+            arguments = {
+                "proposer": "beam_tree", "policy": "constant", "proposer_options": options,
+            }  # fmt: skip
             found.append(self._tried("beam tree of width 2", "beam_tree", arguments, "beam_tree"))
         for number in (4, 8, None):
             arguments = {"proposer": ["draft", "ngram"]}
@@ -266,7 +268,7 @@ class Tuner:
         plural = "s" if len(shape) > 1 else ""
         return self._setting(
             f"tree of {len(shape)} node{plural}",
-            {"proposer": "tree", "proposer_options": {"shape": list(shape)}},
+            {"proposer": "tree", "policy": "constant", "proposer_options": {"shape": list(shape)}},
         )
 
     def _tree_stats(self, shape: tuple[int, ...], label: str) -> RunStats:

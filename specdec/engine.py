@@ -41,8 +41,6 @@ _KINDS = {
     "gumbel": dict.fromkeys(("draft", "tree", "dynamic_tree"), "coupled"),
     "kseq": {"tree": "iid"},
 }
-# Options of a proposer that say what shape is drafted: like a number, they are kept to.
-NAMED_SHAPES = {"tree", "shape", "nodes", "width"}
 # Up to here torch's operators around the compiled kernels are too small for a second thread.
 _LIGHT_ROWS, _LIGHT_LOGITS = 32, 1 << 19
 _DEFAULT_KV_BYTES = 2 << 30
@@ -102,11 +100,12 @@ class Engine:
         # a draft with side branches fills more slots than it can add tokens
         self._spare_slots = self.proposer.spare_slots if self.proposer is not None else 0
         preferred = self.proposer.preferred_nodes if self.proposer is not None else None
-        has_shape = policy == "auto" and not NAMED_SHAPES.isdisjoint(options)
-        if (policy == "constant" or has_shape) and num_draft_tokens == "auto" and preferred:
+        if policy == "constant" and num_draft_tokens == "auto" and preferred:
             num_draft_tokens = preferred
-        if draft_window is not None and isinstance(num_draft_tokens, int):
-            _check_window(draft_window, num_draft_tokens)
+        if draft_window is not None and isinstance(policy, str):
+            is_alone = not isinstance(self.proposer, EnsembleProposer)
+            most = preferred if is_alone and num_draft_tokens == "auto" else num_draft_tokens
+            _check_window(draft_window, most)
         self.policy = make_policy(policy, num_draft_tokens)
         self.noise = noise or PhiloxNoise()
         self.group = CacheGroup(PAGE_SIZE, 0, self.target.device)
@@ -446,12 +445,12 @@ def _runner(model: Any, window: int | None = None) -> Runner:
     return runner
 
 
-def _check_window(window: Any, nodes: int) -> None:
+def _check_window(window: Any, nodes: int | str | None) -> None:
     if not isinstance(window, int) or isinstance(window, bool) or window < PAGE_SIZE:
         raise InvalidArgumentError(
             f"draft_window={window!r}: expected a whole number of tokens from {PAGE_SIZE} on"
         )
-    if nodes > window:
+    if isinstance(nodes, int) and nodes > window:
         raise InvalidArgumentError(
             f"draft_window={window}: expected at least the {nodes} tokens that a step drafts"
         )

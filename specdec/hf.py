@@ -376,16 +376,20 @@ def wrap(target: PreTrainedModel, **options: Any) -> SpecModel:
         under one budget, and those that need a draft take the models of draft in order.
         "ensemble" is the list of "draft" per model and "ngram".
     tree: the draft proposes a tree, its number of children per level: (3, 2, 1) has 3 + 6 + 6
-        nodes. proposer_options={"kind": ...} says what siblings are: "without_replacement" draws,
-        "iid" draws, the "top_k" tokens, or "coupled" with the target's own noise.
+        nodes. Under policy="auto" that is the largest one: a step drafts its first levels, all or
+        none; "constant" drafts all of it in every step. proposer_options={"kind": ...} says what
+        siblings are: "without_replacement" draws, "iid" draws, the "top_k" tokens, or "coupled"
+        with the target's own noise.
     verification: "auto" or a name in specdec.acceptance.RULES.
     num_draft_tokens: tokens drafted per step, of a tree its whole levels that fit; or "auto". A
         policy with a name of its own starts from this number ("heuristic") or stays below it.
-    policy: "auto": the number or tree, where one is given, else what measured costs and the
-        acceptance so far make quickest, down to nothing ("cost"); "constant", "heuristic"
-        (transformers' schedule), "confidence" (until a drafted token is unlikely), or a
-        specdec.policy.Policy. Costs are measured once per machine and models, in about two
-        seconds, and kept in ~/.cache/specdec (SPECDEC_CACHE).
+    policy: "auto": the number, where one is given, else what measured costs and the acceptance so
+        far make quickest, down to nothing ("cost"): a length; of a shape (tree, or the options
+        tree, shape, nodes, width) how many levels; of a "dynamic_tree" all of it or nothing.
+        "constant": the number or the whole shape; "heuristic" (transformers' schedule),
+        "confidence" (until a drafted token is unlikely), or a specdec.policy.Policy. Costs are
+        measured once per machine and models, in about two seconds, and kept in ~/.cache/specdec
+        (SPECDEC_CACHE); where there is no room to measure them, a shape is drafted whole.
     draft_window: the draft looks at so many tokens back, and at the first few, in a cache of its
         own that grows no further; the target always sees everything. At least 16.
     lossy: must be True for a rule that changes the law.

@@ -103,7 +103,8 @@ def maker(
 
     def make(noise: Noise | None) -> Engine:
         its_draft = TableRunner(draft, V, window=window) if REGISTRY[name].needs_draft else None
-        given = {**options, **({} if "tree" in options else {"proposer": name})}
+        fixed = {"policy": "constant"} if name in ("tree", "dynamic_tree") else {}
+        given = {**fixed, **options, **({} if "tree" in options else {"proposer": name})}
         runner = TableRunner(target, V)
         return Engine(runner, draft=its_draft, noise=noise, kv_memory=1 << 22, grow=True, **given)
 

@@ -140,7 +140,7 @@ def engine_of(table: Any, vocab_size: int = V, **options: Any) -> Engine:
     return Engine(
         TableRunner(random_table(vocab_size, order=1, seed=9), vocab_size), kv_memory=1 << 22,
         draft=TableRunner(table, vocab_size), proposer="beam_tree", proposer_options=options,
-        grow=True,
+        policy="constant", grow=True,
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_a_bad_row_is_refused(text: str) -> None:
         ("draft", {"proposer": "draft", "draft": "D"}),
         ("draft:auto", {"proposer": "draft", "draft": "D"}),
         ("draft:4", {"proposer": "draft", "draft": "D", "num_draft_tokens": 4}),
-        ("tree:3,2", {"proposer": "tree", "draft": "D", "tree": (3, 2)}),
+        ("tree:3,2", {"proposer": "tree", "draft": "D", "tree": (3, 2), "policy": "constant"}),
         ("ngram:8", {"proposer": "ngram", "num_draft_tokens": 8,
                      "proposer_options": {"max_ngram": 2}}),
         # past outputs would be the answers of the round before

@@ -30,7 +30,7 @@ def engine_of(
     target.max_positions = limit
     return Engine(
         target, draft=TableRunner(draft, vocab_size, max_positions=limit), kv_memory=1 << 20,
-        proposer="dynamic_tree", proposer_options=options,
+        proposer="dynamic_tree", proposer_options=options, policy="constant",
     )  # fmt: skip
 
 

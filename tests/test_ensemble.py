@@ -80,7 +80,7 @@ def audited(tables: Items[Any], **options: Any) -> Comparison:
         drafts = [TableRunner(table, V) for table in tables]
         return Engine(
             TableRunner(TARGET, V), draft=drafts, noise=noise, kv_memory=1 << 22, grow=True,
-            **options,
+            policy="constant", **options,
         )  # fmt: skip
 
     return emitted_law(build, TARGET, PROMPT, tokens=3)

@@ -71,10 +71,11 @@ def test_engines_that_plan_by_costs() -> None:
     asked: list[dict[str, Any]] = [
         {}, {"policy": "cost", "num_draft_tokens": 3}, {"policy": "cost", "tree": (2, 1)},
         {"proposer": "tree", "tree": None, "proposer_options": {"kind": "iid"}},
-        {"num_draft_tokens": 3}, {"policy": "cost", "num_draft_tokens": 0}, {"tree": (2, 1)},
-        {"policy": "confidence"}, {"proposer": "tree", "proposer_options": {"shape": [-1]}},
+        {"tree": (2, 1)}, {"proposer": "tree", "proposer_options": {"shape": [-1]}},
+        {"num_draft_tokens": 3}, {"policy": "cost", "num_draft_tokens": 0},
+        {"policy": "confidence"}, {"policy": "constant", "tree": (2, 1)},
     ]  # fmt: skip
-    assert [module.plans_by_cost(options) for options in asked] == [True] * 4 + [False] * 5
+    assert [module.plans_by_cost(options) for options in asked] == [True] * 6 + [False] * 4
 
 
 def test_lossy_rule_fails() -> None:

@@ -2,10 +2,10 @@
 history to the next; and policies that break it."""
 
 import copy
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence as Items
 from functools import partial
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -30,7 +30,15 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "block": ({"proposer": "draft"}, 2),
     "ngram": ({"proposer": "ngram"}, 3),
     "ensemble": ({"proposer": ["draft", "ngram"]}, 4),
+    "tree": ({"tree": (2, 1)}, 4),
+    "tree, iid": ({"tree": (2, 1), "proposer_options": {"kind": "iid"}}, 4),
+    "shape": ({"proposer": "tree", "proposer_options": {"shape": (-1, -1, 0)}}, 3),
+    "dynamic tree": (
+        {"proposer": "dynamic_tree", "proposer_options": {"nodes": 4, "depth": 2, "top_k": 2}},
+        4,
+    ),
 }
+DRAWN_TREES = ("tree", "tree, iid")
 each_case = pytest.mark.parametrize("name", CASES)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,15 +93,18 @@ def pairs_of(drafts: Drafts) -> set[tuple[int, int]]:
 
 @each_case
 def test_law_is_the_target_s_at_depths_that_differ(name: str) -> None:
-    found, drafts = law_of(name)
+    tokens = 2 if name in DRAWN_TREES else 3  # a tree has many outcomes
+    found, drafts = law_of(name, tokens=tokens)
     assert found.error < TOLERANCE
-    assert len(found.ours) == V**3
+    assert len(found.ours) == V**tokens
     verified = {its for _, its in pairs_of(drafts)}
     assert 0 in verified
-    assert len(verified) >= 3
+    assert len(verified) >= (2 if "tree" in name else 3), verified
     if name == "ngram":  # looked up whole each time, then cut
         assert {whole for whole, _ in pairs_of(drafts)} == {3}
-    else:  # the same text, and another draft: what became of earlier drafts decides
+    elif name == "dynamic tree":  # whole, or not at all
+        assert verified == {0, 2}
+    elif tokens == 3:  # the same text, and another draft: what became of earlier drafts decides
         assert any(len(some) > 1 for some in drafts.values())
 
 
@@ -121,7 +132,7 @@ class InCompany(MadeUpCosts):
         return super().cut(self.both(sequences), [*trees, *trees])[:1]
 
 
-@pytest.mark.parametrize("name", ["block", "ngram", "ensemble"])
+@pytest.mark.parametrize("name", ["block", "ngram", "ensemble", "shape"])
 def test_law_of_a_sequence_that_is_planned_beside_another(name: str) -> None:
     """One depth is chosen for all, and each cut to what pays for it."""
     found, drafts = law_of(name, lambda _, most: InCompany(most))
@@ -173,7 +184,7 @@ def test_law_where_a_long_past_decides(
     assert len(law.ours) == 1
     steps = sorted((len(text), pair) for text, [pair] in drafts.items())
     at = next(
-        length for (_, before), (length, now) in itertools.pairwise(steps)
+        length for (_, before), (length, now) in pairwise(steps)
         if turn(before, now)
     )  # fmt: skip
     past = at - 1 - len(PROMPT)  # the step before it draws already
@@ -243,7 +254,7 @@ FAULTS: dict[str, MakePolicy] = {
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [*itertools.product(("token", "block"), FAULTS), ("ensemble", next(iter(FAULTS)))],
+    [*product(("token", "block"), FAULTS), *product(("ensemble", "shape"), [*FAULTS][:1])],
 )
 def test_policy_that_breaks_the_contract_is_seen(name: str, fault: str) -> None:
     found, _ = law_of(name, FAULTS[fault], tokens=2)

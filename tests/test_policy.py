@@ -574,9 +574,9 @@ def trees_of(engine: Engine) -> Items[int]:
     return sorted(engine.stats.drafted_lengths)
 
 
-def test_named_tree_is_kept_to_and_the_cost_model_cuts_it(target: Model, draft: Model) -> None:
+def test_named_tree_is_kept_to_or_cut_by_measured_costs(target: Model, draft: Model) -> None:
     params = SamplingParams(max_new_tokens=30, temperature=0)
-    for policy, whole in (("auto", True), ("cost", False)):
+    for policy, whole in (("constant", True), ("auto", False), ("cost", False)):
         engine = Engine(target, draft=draft, tree=(3, 2, 1), policy=policy, kv_memory=KV)
         engine.add_request(PROMPT, params)
         list(engine)

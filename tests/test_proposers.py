@@ -101,7 +101,9 @@ def make(target: Model, draft: Model) -> Callable[..., Watched]:
 
     def build(name: str | None = None, options: Any = None, **more: Any) -> Watched:
         its_draft = draft if name is not None and REGISTRY[name].needs_draft else None
-        given = {"draft": its_draft, "kv_memory": KV, **more}
+        has_shape = options and {"tree", "shape", "nodes", "width"} & set(options)
+        fixed = {"policy": "constant"} if has_shape else {}
+        given = {"draft": its_draft, "kv_memory": KV, **fixed, **more}
         if name == "text":
             options = spelling(target.config.vocab_size)
         return Watched(target, proposer=name, proposer_options=options, **given)
@@ -249,7 +251,9 @@ def test_siblings_in_another_order_are_caught(
         DraftModel, "largest",
         lambda self, scores, width: largest(self, scores, width).sort(-1).values,
     )  # fmt: skip
-    found, bound = distance(target, specdec.wrap(target, draft=draft, tree=(4, 2)))
+    found, bound = distance(
+        target, specdec.wrap(target, draft=draft, tree=(4, 2), policy="constant")
+    )
     assert found > bound
 
 
@@ -257,7 +261,12 @@ def test_siblings_in_another_order_are_caught(
 def test_children_are_drawn_from_the_stored_law(tiny_pair: tuple[Model, Model], kind: str) -> None:
     target, draft = tiny_pair
     engine = Engine(
-        target, draft=draft, tree=(2,), proposer_options={"kind": kind}, kv_memory=1 << 22
+        target,
+        draft=draft,
+        tree=(2,),
+        policy="constant",
+        proposer_options={"kind": kind},
+        kv_memory=1 << 22,
     )
     params = SamplingParams(max_new_tokens=4)
     for seed in range(2048):
@@ -301,7 +310,7 @@ def test_target_as_its_own_draft_is_accepted_to_the_last_level(
 ) -> None:
     # accepted nodes lie in scattered slots: a draft that read wrong ones would soon disagree
     engine = Watched(
-        target, draft=target, proposer="tree", kv_memory=KV,
+        target, draft=target, proposer="tree", policy="constant", kv_memory=KV,
         proposer_options={"shape": shape, "kind": kind},
     )  # fmt: skip
     params = SamplingParams(60, params.temperature, top_p=params.top_p)
@@ -404,7 +413,7 @@ def test_law_with_fewer_tokens_than_children(make: Callable[..., Engine], kind: 
 
 def test_more_children_than_tokens(tiny_pair: tuple[Model, Model]) -> None:
     target, draft = tiny_pair
-    engine = Engine(target, draft=draft, tree=(20,), kv_memory=KV)
+    engine = Engine(target, draft=draft, tree=(20,), policy="constant", kv_memory=KV)
     engine.add_request(PROMPT, SamplingParams(max_new_tokens=3))
     assert engine.step()[0].drafted == 8
 
@@ -484,7 +493,11 @@ def test_processors_act_along_each_path(target: Model) -> None:
     rates = []
     for use in (True, False):
         spec = specdec.wrap(
-            target, draft=target, tree=(2, 2, 1), proposer_options={"processors": use}
+            target,
+            draft=target,
+            tree=(2, 2, 1),
+            policy="constant",
+            proposer_options={"processors": use},
         )
         assert torch.equal(spec.generate(ids, **options, logits_processor=own), wanted)
         assert spec.last_stats is not None
@@ -561,7 +574,7 @@ def test_tree_on_the_command_line(models: Path) -> None:
     args += [str(models / "draft"), "--max-new-tokens", "9", "--json"]
     plain, tree = (
         json.loads(CliRunner().invoke(main, [*args, *more]).stdout)
-        for more in (["--num-draft-tokens", "0"], ["--tree", "3,2,1"])
+        for more in (["--num-draft-tokens", "0"], ["--tree", "3,2,1", "--policy", "constant"])
     )
     assert tree["outputs"] == plain["outputs"]
     assert tree["stats"]["drafted"] > 9 > plain["stats"]["drafted"] == 0

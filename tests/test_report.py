@@ -174,7 +174,7 @@ def test_probabilities_are_those_of_the_laws(target: Model, draft: Model) -> Non
 
 
 def test_a_tree_is_drawn_without_crossing_lines(target: Model, draft: Model) -> None:
-    engine = Engine(target, grow=True, draft=draft, tree=(2, 2, 1))
+    engine = Engine(target, grow=True, draft=draft, tree=(2, 2, 1), policy="constant")
     found = trace(engine, [0, 45], SamplingParams(max_new_tokens=9, temperature=0), 0)
     view = token_view(
         {"row": "tree", "set": "s", "prompt": "p", "trace": json.loads(

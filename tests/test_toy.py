@@ -123,7 +123,7 @@ def test_slot_with_a_foreign_position_is_seen(
 @pytest.mark.parametrize("tree", [(2, 2), (1, 1, 1)], ids=str)
 def test_engine_runs_on_tables(tree: tuple[int, ...]) -> None:
     draft = TableRunner(with_overlap(WHOLE, 0.7), V)
-    engine = Engine(TableRunner(WHOLE, V), draft=draft, tree=tree, kv_memory=KV)
+    engine = Engine(TableRunner(WHOLE, V), draft=draft, tree=tree, policy="constant", kv_memory=KV)
     prompts = [[1, 2], [3], [0, 0, 4, 4]]
     for prompt in prompts:
         engine.add_request(prompt, SamplingParams(12, temperature=0), request_id=str(prompt))
@@ -142,7 +142,7 @@ def test_wrong_commit_is_seen_in_the_text(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(CacheGroup, "commit_all", wrong)
     draft = TableRunner(WHOLE, V)
-    engine = Engine(TableRunner(WHOLE, V), draft=draft, tree=(2,), kv_memory=KV)
+    engine = Engine(TableRunner(WHOLE, V), draft=draft, tree=(2,), policy="constant", kv_memory=KV)
     engine.add_request([1, 2], SamplingParams(12, temperature=0))
     with pytest.raises(AssertionError):
         assert [out.token_ids for out in engine] == [greedy(WHOLE, [1, 2], 12)]
@@ -238,7 +238,12 @@ def test_synthetic_draft_changes_no_text(target: Model, verification: str) -> No
     plain = Engine(target, verification=verification, kv_memory=1 << 20)
     draft = SyntheticDraft(ModelRunner(target), 0.7)
     drafted = Engine(
-        target, draft=draft, tree=(1, 1, 1), verification=verification, kv_memory=1 << 20
+        target,
+        draft=draft,
+        tree=(1, 1, 1),
+        policy="constant",
+        verification=verification,
+        kv_memory=1 << 20,
     )
     assert texts(drafted, prompts, params) == texts(plain, prompts, params)
     assert drafted.stats.accepted > 0
@@ -248,7 +253,7 @@ def test_tree_of_a_synthetic_draft_sees_committed_contexts() -> None:
     table = random_table(V, order=None, seed=2, zeros=1)
     engine = Engine(
         TableRunner(table, V), draft=SyntheticDraft(TableRunner(table, V), 1), tree=(2, 2, 1),
-        kv_memory=KV,
+        policy="constant", kv_memory=KV,
     )  # fmt: skip
     engine.add_request([1, 2], SamplingParams(24, temperature=0))
     assert [record.accepted for _ in range(6) for record in engine.step()] == [3] * 6

@@ -279,7 +279,9 @@ def test_what_is_printed_for_any_setting_does_the_same_both_ways(
     assert {"plain", "draft ", "suffix ", "lookahead of window ", "draft, confidence",
             "dynamic tree of  nodes", "draft and ngram "} <= set(kinds)  # fmt: skip
     kinds["tree"] = Setting(
-        "tree", {"proposer": "tree", "proposer_options": {"shape": [-1, -1, 0]}}, True
+        "tree",
+        {"proposer": "tree", "policy": "constant", "proposer_options": {"shape": [-1, -1, 0]}},
+        True,
     )
     for name, setting in kinds.items():
         printed, stats = both_ways(recipe, setting)

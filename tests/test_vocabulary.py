@@ -55,7 +55,7 @@ def make(tokenizers: tuple[Any, Any], pair: tuple[Model, Model]) -> Callable[...
         mine, its = tokenizers
         options = {"tokenizer": mine, "draft_tokenizer": its, "vocabulary": how}
         options |= more.pop("proposer_options", {})
-        fixed = {} if "tree" in more else {"num_draft_tokens": 4}
+        fixed = {"policy": "constant"} if "tree" in more else {"num_draft_tokens": 4}
         given = {"kv_memory": KV, "proposer_options": options, **fixed, **more}
         return Engine(pair[0], draft=pair[1], **given)
 
@@ -327,7 +327,7 @@ def test_processors_that_leave_no_shared_token_are_followed(
     only = [token for token in mine.bytes if token not in pairs][:2]
     for tree in (None, (2, 1)):
         spec = specdec.wrap(
-            pair[0], draft=pair[1], tree=tree,
+            pair[0], draft=pair[1], tree=tree, policy="constant",
             proposer_options={"tokenizer": tokenizers[0], "draft_tokenizer": tokenizers[1]},
         )  # fmt: skip
         out = spec.generate(

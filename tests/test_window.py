@@ -28,9 +28,9 @@ Model = Any  # a transformers model: its methods are typed in part
 VOCAB, CONTEXT, WINDOW = 64, 512, 32
 KV = 1 << 22
 SHAPES: list[dict[str, Any]] = [
-    {"num_draft_tokens": 5}, {"tree": (3, 2, 1)},
-    {"tree": (2, 2), "proposer_options": {"kind": "iid"}},
-    {"tree": (1, 2, 2), "proposer_options": {"kind": "top_k"}},
+    {"num_draft_tokens": 5}, {"tree": (3, 2, 1), "policy": "constant"},
+    {"tree": (2, 2), "policy": "constant", "proposer_options": {"kind": "iid"}},
+    {"tree": (1, 2, 2), "policy": "constant", "proposer_options": {"kind": "top_k"}},
 ]  # fmt: skip
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: str([*s.values()]))
 

@@ -1,6 +1,7 @@
 """The policy that maximises expected tokens per second, from measured costs and running rates of
 acceptance."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -109,15 +110,19 @@ class CostPolicy(Policy):
     """The depth that promises most tokens per second: expected tokens of a step over its measured
     seconds (Leviathan et al. 2023, section 3.3, with measured costs and running acceptance).
 
-    Where no depth pays, a sequence decodes plainly and tries one token from time to time, ever
-    more rarely. What costs nothing to draft is drafted first and cut then. A sequence whose text
-    depends on what is drafted (sampled, and not under `gumbel`) learns by itself, so equal
-    requests with equal seeds get equal text where costs are known; the others learn from each
-    other too.
+    Where no depth pays, a sequence decodes plainly and tries one level from time to time, ever
+    more rarely. What costs nothing to draft is drafted first and cut then. Of a proposer with a
+    shape of its own it takes whole levels, chosen before anything is drawn; where the levels of a
+    smaller draft would be others (by_level is False), the whole shape or nothing.
+
+    A sequence whose text depends on what is drafted (sampled, and not under `gumbel`) learns by
+    itself, so equal requests with equal seeds get equal text where costs are known; the others
+    learn from each other too.
     """
 
     def __init__(self, max_draft_tokens: int | None = None) -> None:
-        """max_draft_tokens: nodes at most; None: 16 where a model drafts, else 32."""
+        """max_draft_tokens: nodes at most; None: what the proposer prefers, else 16 where a model
+        drafts and 32 where none does."""
         self._limit = (
             None if max_draft_tokens is None else checked_number(max_draft_tokens, least=0)
         )
@@ -131,7 +136,9 @@ class CostPolicy(Policy):
         self._measure: Measure | None = None
         self._steady: Steady = lambda _: False
         self._depth = 0  # the deepest draft
+        self._unmeasured = 0  # the depth where no costs are known
         self._nodes: list[int] = []  # of a draft, by depth
+        self._by_level = True
         self._first_guess: list[float] = []
         self._kinds = 1  # of situations that are one to the proposer
         self._situation_weight, self._depth_weight = _WEIGHTS
@@ -147,7 +154,9 @@ class CostPolicy(Policy):
             if nodes <= self._nodes[-1]:
                 break
             self._nodes.append(nodes)
-        self._depth = len(self._nodes) - 1
+        self._depth, self._by_level = len(self._nodes) - 1, proposer.by_level
+        has_shape = proposer.preferred_nodes is not None
+        self._unmeasured = self._depth if has_shape else DEFAULT_DRAFT_TOKENS
         self._first_guess = [_GUESS] * self._depth
         # A model is right in runs; a lookup that found more of a text is surer of it.
         self._kinds = _LENGTHS if proposer.free else _STREAKS if proposer.draft_rows(1) else 1
@@ -204,7 +213,7 @@ class CostPolicy(Policy):
         histories = list(map(self._find_situation, sequences, most))
         costs = self._costs
         if costs is None:
-            return [min(DEFAULT_DRAFT_TOKENS, each) for each in most]
+            return [min(self._unmeasured, each) for each in most]
         if len(sequences) == 1:
             held = _held(histories[0].here, most[0])
             if held is not None:
@@ -262,6 +271,8 @@ class CostPolicy(Policy):
         if len(history.situations) > 1:
             rates, ratio = here.rates, here.rates.ratio(self._situation_weight, ratio)
         reach = rates.reach(here.guess, ratio, most, self._depth_weight)
+        if not self._by_level:  # worth a thought or not, all of it is drafted
+            reach += [0.0] * (most - len(reach))
         return _Outlook(sequence, history, here, reach, sizes)
 
     def _guess(self, history: _History, here: _Situation) -> float:
@@ -289,6 +300,8 @@ class CostPolicy(Policy):
         plain, best, best_rate, expected = verify[1], 0, 0.0, 1.0
         for depth, chance in enumerate(outlook.reach, 1):
             expected += chance
+            if depth < len(outlook.reach) and not self._by_level:
+                continue
             seconds = behind + draft[depth] + verify[sizes[depth] + 1]
             rate = expected / seconds
             hoped = expected / (seconds - doubt * (seconds - plain))
@@ -325,11 +338,13 @@ class CostPolicy(Policy):
         scale = count / costs.batch  # costs were measured at the next power of two
         plain = scale * costs.verify_seconds(1, context)
         best, best_rate = [0] * count, count / plain
-        for depth in (d for d in _TRIED_TOGETHER if d <= self._depth):
+        shallower = [d for d in _TRIED_TOGETHER if d < self._depth and self._by_level]
+        worth = _worth if self._by_level else _worth_whole
+        for depth in (*shallower, self._depth):
             nodes = sum(each.sizes[min(depth, len(each.reach))] for each in outlooks)
             widest = scale * costs.verify_seconds(nodes / count + 1, context)
             per_node = max(0.0, widest - plain) / max(1, nodes)
-            cuts = [_worth(each, depth, per_node * count / plain) for each in outlooks]
+            cuts = [worth(each, depth, per_node * count / plain) for each in outlooks]
             pairs = list(zip(outlooks, cuts, strict=True))
             rows = 1 + sum(each.sizes[cut] for each, cut in pairs) / count
             drafting = self._drafting(costs, max(cuts), context)
@@ -354,7 +369,8 @@ class CostPolicy(Policy):
         return costs.catch_up * missing / steps
 
     def _probed(self, costs: StepCosts, outlook: _Outlook, depth: int) -> int:
-        """The depth, or 1 where it was 0 for long enough and a better draft could pay."""
+        """The depth, or that of a trial where it was 0 for long enough and a better draft could
+        pay."""
         here = outlook.here
         here.trying = False
         if depth > 0:
@@ -365,15 +381,19 @@ class CostPolicy(Policy):
             if here.idle >= here.wait:
                 here.idle, here.wait = 0, min(2 * here.wait, _LONGEST_WAIT)
                 here.trying = self._could_pay(costs, outlook)
-                return int(here.trying)
+                return self._trial(outlook) if here.trying else 0
         return depth
+
+    def _trial(self, outlook: _Outlook) -> int:
+        """How deep a draft is that is tried."""
+        return 1 if self._by_level else len(outlook.reach)
 
     def _first_wait(self, costs: StepCosts, outlook: _Outlook) -> int:
         """Steps after which a token is tried: the more a try costs, the later."""
-        context = len(outlook.sequence.tokens)
+        context, depth = len(outlook.sequence.tokens), self._trial(outlook)
         plain = costs.verify_seconds(1, context)
-        tried = self._drafting(costs, 1, context) + costs.verify_seconds(
-            outlook.sizes[1] + 1, context
+        tried = self._drafting(costs, depth, context) + costs.verify_seconds(
+            outlook.sizes[depth] + 1, context
         )
         if not outlook.history.read:  # the draft would have to read the whole prompt for it
             tried += costs.catch_up * context
@@ -386,7 +406,7 @@ class CostPolicy(Policy):
             (depth + 1) * costs.verify_seconds(1, context)
             > self._drafting(costs, depth, context)
             + costs.verify_seconds(sizes[depth] + 1, context)
-            for depth in range(1, min(len(sizes) - 1, self._depth) + 1)
+            for depth in range(self._trial(outlook), min(len(sizes) - 1, self._depth) + 1)
         )
 
     def observe(
@@ -403,10 +423,12 @@ class CostPolicy(Policy):
             here = history.here
             assert here is not None, "a draft was planned"
             depth, accepted = tree.max_depth, verdict.accepted
+            if not self._by_level:  # that it was no deeper is part of what became of it
+                depth = bisect_left(self._nodes, len(tree))
             if self._kinds == _STREAKS:
                 history.streak = _streak(history.streak, depth, accepted)
             history.seen.append((here, depth, accepted))
-            if here.trying and accepted:  # again at once
+            if here.trying and 2 * accepted >= depth:  # again at once
                 here.idle = here.wait = max(_FIRST_WAIT, here.wait // 2)
             # called before the verdict's tokens are appended; a draft does not read its last token
             history.read = len(sequence.tokens) + min(accepted, depth - 1)
@@ -455,6 +477,12 @@ def _worth(outlook: _Outlook, most: int, least: float) -> int:
         if chance < least * (sizes[depth + 1] - sizes[depth]):
             return depth
     return min(most, len(outlook.reach))
+
+
+def _worth_whole(outlook: _Outlook, _: int, least: float) -> int:
+    """As _worth, of a draft that is made whole or not at all."""
+    whole = len(outlook.reach)
+    return whole if sum(outlook.reach) >= least * outlook.sizes[whole] else 0
 
 
 def _sizes(tree: TokenTree) -> Items[int]:

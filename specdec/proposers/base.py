@@ -26,6 +26,9 @@ class Proposer(ABC):
     # Its drafts cost next to nothing and are `point`: an adaptive policy lets it draft all it would
     # and then decides what of it is verified, so observe() may see the verdict of a shorter tree.
     free: bool = False
+    # Whether a smaller budget drafts the first levels of what a larger one would. Where it does
+    # not, an adaptive policy drafts all that fits, or nothing.
+    by_level: bool = True
     stop_below: float = 0.0  # a drafted token that was less likely than this is kept as the last
     law: Literal["point", "sampled", "coupled"]
 

@@ -43,6 +43,7 @@ class DynamicTreeProposer(Proposer):
 
     name = "dynamic_tree"
     needs_draft = True
+    by_level = False
 
     def __init__(
         self, runner: Runner, *, nodes: int = 24, depth: int = 6, top_k: int = 6,

@@ -77,6 +77,7 @@ class EnsembleProposer(Proposer):
         self._kept = kept
         self._free = [i for i in everyone if i not in kept]
         self.free = all(member.free for member in members)
+        self.by_level = all(member.by_level for member in members)
         self._weights = None if shares is None else _weights(shares, self.labels)
         self._splits: dict[int, list[int]] = {}
         self._depths: dict[int, int] = {}  # of the models' drafts, by budget
