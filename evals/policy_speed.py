@@ -7,12 +7,12 @@ prompt lookup beside transformers' own. Both sides of every figure alternate in 
 
 The contenders take turns, a few tokens each (race() says how); what counts is processor time of the
 one thread that works, so that other jobs on a shared machine count by the caches alone. Suffix
-decoding forgets past outputs here, or later rounds would copy the first one's. At T=1 the rule is
-`gumbel`, under which every contender writes the same text. `copy_edits` is held to its reference,
-because the built-in pair does not copy: the target's pass is computed as ever, then its logits are
-replaced by certainty of the reference's next token; for transformers a logits processor does the
-same. The synthetic draft is right with a known probability and takes a known share of a target
-pass.
+decoding forgets past outputs here, or later rounds would copy the first one's. Of a conversation
+the first turn is continued. At T=1 the rule is `gumbel`, under which every contender writes the
+same text. `copy_edits` is held to its reference, because the built-in pair does not copy: the
+target's pass is computed as ever, then its logits are replaced by certainty of the reference's next
+token; for transformers a logits processor does the same. The synthetic draft is right with a known
+probability and takes a known share of a target pass.
 """
 
 import json
@@ -36,9 +36,15 @@ from specdec.evals.provenance import provenance
 from specdec.evals.speed import DTYPES, load
 from specdec.toy import ContinuationRunner, SyntheticDraft
 
-SETS = ("heldout_code", "copy_edits", "json", "prose", "random")
+SETS = (
+    "heldout_code", "copy_edits", "json", "prose", "random", "chat", "multi_turn", "summarise",
+)  # fmt: skip
 HELD = "copy_edits"
-LENGTHS = {"draft": (1, 2, 3, 4, 6, 8), "ngram": (2, 4, 8, 16, 32), "suffix": (4, 8, 16, 32)}
+# Fixed numbers of drafted tokens by proposer; of several, that share a tree, all of its nodes.
+LENGTHS = {
+    "draft": (1, 2, 3, 4, 6, 8), "ngram": (2, 4, 8, 16, 32), "suffix": (4, 8, 16, 32),
+    "draft,ngram": (2, 4, 8, 16),
+}  # fmt: skip
 TURN = 16  # tokens
 ACCEPTANCE = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 
@@ -252,9 +258,14 @@ def hopeless(draft: Any) -> Any:
 @main.command()
 @_common
 @click.option("--only", multiple=True, type=click.Choice(SETS), help="Some sets.")
+@click.option(
+    "--proposer", "proposers", multiple=True, type=click.Choice(list(LENGTHS)),
+    help="Some ways to draft.",
+)  # fmt: skip
 def sets(
-    dtype: str, count: int, tokens: int, rounds: int, out: Path, only: tuple[str, ...]
-) -> None:
+    dtype: str, count: int, tokens: int, rounds: int, out: Path, only: tuple[str, ...],
+    proposers: tuple[str, ...],
+) -> None:  # fmt: skip
     """auto, fixed lengths and plain decoding on each prompt set, with each proposer."""
     kind = DTYPES[dtype]
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("big"))
@@ -265,7 +276,7 @@ def sets(
         ids, wholes = read(name, count, tokenizer)
         draft = broken if name == "random" else small
         for temperature in (0.0,) if name == HELD else (0.0, 1.0):
-            for proposer in LENGTHS:
+            for proposer in proposers or LENGTHS:
                 helds, racers = field(big, draft, name == HELD, tokens, temperature, proposer)
 
                 label = f"{name}, T={temperature:g}, {proposer}"
@@ -291,10 +302,11 @@ def field(
             helds.append(target)
         return EngineRacer(name, target, tokens, temperature, **how)
 
-    how: dict[str, Any] = {"proposer": proposer}
+    members = proposer.split(",")
+    how: dict[str, Any] = {"proposer": members if len(members) > 1 else proposer}
     if temperature:
         how["verification"] = "gumbel"
-    if proposer == "draft":
+    if "draft" in members:
         how["draft"] = draft
     elif proposer == "suffix":
         how["proposer_options"] = {"cache_tokens": 0}

@@ -167,10 +167,12 @@ _DECODING = "Decoding alone leaves out the step that reads the prompt."
 def policy_sets(files: Files) -> Lines:
     [raw] = files.values()
     rows = [_policy_row(label, found) for label, found in raw["sets"].items()]
+    raced = {label.partition(",")[0] for label in raw["sets"]}
+    turns = "Of multi_turn the first turn is continued. " if "multi_turn" in raced else ""
     return [
         "Adaptive drafting beside fixed lengths and plain decoding on the built-in pair;",
         "copy_edits is held to its reference, the draft on random text has shuffled weights.",
-        "At T=1 the rule is `gumbel`, under which all write the same text. " + _DECODING,
+        turns + "At T=1 the rule is `gumbel`, under which all write the same text. " + _DECODING,
         "`python -m specdec.evals.policy_speed sets`.",
         "",
         *table(_POLICY_HEADS, rows),

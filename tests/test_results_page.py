@@ -14,7 +14,7 @@ from specdec.evals.markdown import table
 from specdec.evals.results_audits import planted_power
 from specdec.evals.results_kernels import gpu_bench, kernel_compile
 from specdec.evals.results_page import page
-from specdec.evals.results_sections import SECTIONS, bench
+from specdec.evals.results_sections import SECTIONS, bench, policy_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evals" / "results"
@@ -214,3 +214,19 @@ def test_kernels_are_summed_up_and_a_violation_is_shown() -> None:
     row = "2 | 96 to 112 | 65536 | 0 | ld.global 16 B: 0 to 4, wgmma: 8 to 12 |"
     assert f"| attend, sm_90 | {row}" in text
     assert "| combine, sm_90 | 1 | 255 | 1024 | 1 |  |" in text
+
+
+def test_sets_and_proposers_of_the_race_are_rows_of_their_own() -> None:
+    """Whichever of them a run had: each is named, and what of a conversation was continued."""
+    found = {
+        "speed against plain": {"plain": 1.0, "auto": 1.25, "fixed 4": 1.5},
+        "best fixed": "fixed 4", "decoding against plain": {"auto": 1.2},
+        "auto against best fixed": 0.83,
+    }  # fmt: skip
+    labels = ["json, T=0, draft", "multi_turn, T=1, draft,ngram"]
+    for some in (labels[:1], labels):
+        raw = {"sets": dict.fromkeys(some, found)}
+        text = "\n".join(policy_sets({"policy_sets.json": raw}))
+        assert ("first turn" in text) == (len(some) == 2)
+        for label in some:
+            assert f"| {label} | 1.25 | 1.20 | fixed 4 | 1.50 | 0.83 |" in text
