@@ -11,7 +11,7 @@ import pytest
 from specdec.errors import InvalidArgumentError
 from specdec.evals.check_results import main as check
 from specdec.evals.markdown import table
-from specdec.evals.results_audits import planted_power
+from specdec.evals.results_audits import estimators, planted_power
 from specdec.evals.results_kernels import gpu_bench, kernel_compile
 from specdec.evals.results_page import page
 from specdec.evals.results_sections import SECTIONS, bench, policy_sets
@@ -109,11 +109,13 @@ def test_a_bench_is_labelled_and_what_was_refused_has_no_speed() -> None:
 
 
 def test_audits_of_the_evaluation_become_tables() -> None:
-    rate = {"truth": 0.5, "mean_estimate": 0.5, "covered": 190, "runs": 200}
+    rate = {"truth": 0.5, "mean_estimate": 0.5, "covered": 475, "runs": 500,
+            "covered_first": 184, "first": 200}  # fmt: skip
+    wide = {**rate, "covered": 491, "covered_first": 196}
     null = {"alarms": 1, "runs": 200, "level": 0.001}
     files: dict[str, dict[str, Any]] = {
         "estimators": {"confidence": 0.95, "texts": 24,
-                       "cases": {"1,1 token": {"a": rate, "b": {**rate, "covered": 196}}}},
+                       "cases": {"1,1 token": {"a": rate, "b": wide}}},
         "predicted_speed": {"dtype": "float32", "worst": 0.08, "rows": [
             {"setting": "draft 2", "predicted": 1.5, "measured": 1.4, "off_by": 0.0714,
              "tokens_per_target_pass": 2.25}]},
@@ -133,7 +135,7 @@ def test_audits_of_the_evaluation_become_tables() -> None:
                 "chain": {"tokens_per_target_pass": 1.75, "standard_error": 0.25}}}]}}},
     }  # fmt: skip
     rows = {
-        "estimators": "| 1,1 token | 2 | 95.0% | 98.0% |",
+        "estimators": "| 1,1 token | 2 | 95.0% | 98.2% |",
         "predicted_speed": "| draft 2 | 1.50 | 1.40 | +7.1% | 2.25 |",
         "verify_power": "| walk: x | 0.1000 | 20 of 20 |",
         "planted_power": "| walk: x | 0.1000 | refused by the engine | caught |",
@@ -145,6 +147,9 @@ def test_audits_of_the_evaluation_become_tables() -> None:
         if name in files:
             assert rows.pop(name) in section.make({section.pattern: files[name]})
     assert rows == {}
+    counted = " ".join(estimators({"estimators.json": files["estimators"]}))
+    assert "in 92 to 98% of 200 runs: 2 of 2 rates." in counted
+    assert "in 92 to 98% of 500 runs: 1 of 2 rates." in counted
     planted = files["planted_power"]
     assert "caught. Sound ones in the same machinery, caught: 0 of 1." in _words(planted)
     del planted["faults"][1]
