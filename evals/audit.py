@@ -15,7 +15,7 @@ caches differ, and whatever they have seen, the next step must follow the target
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -174,8 +174,9 @@ def _run(
         return verdicts
 
     engine.verifier.verify = recorded  # type: ignore[method-assign]
+    apart = _Apart(**{each.name: getattr(params, each.name) for each in fields(params)})
     for i in range(len(worlds)):
-        engine.add_request(prompt, params, seed=i, request_id=str(i))
+        engine.add_request(prompt, apart, seed=i, request_id=str(i))
     texts: list[Tokens] = [()] * len(worlds)
     for _ in range(steps):
         for record in engine.step():
@@ -183,6 +184,14 @@ def _run(
         engine.check_integrity()
     engine.abort_all()
     return [(text, ways[i]) for i, text in enumerate(texts)]
+
+
+class _Apart(SamplingParams):
+    """Equal to no other, so no two requests share a law: a world that were judged together with
+    others would be asked for coins that only those others need."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
 
 class NotEnumerableError(AssertionError):

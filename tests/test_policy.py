@@ -397,6 +397,30 @@ def test_lookups_that_lead_to_nothing_become_rarer() -> None:
     assert max(rests) == 7
 
 
+def test_a_sequence_behind_fruitless_lookups_rests_sooner() -> None:
+    """Where its text is the same whatever is drafted, and a hit gives it all patience."""
+
+    def looked(steady: bool, hit: int) -> list[int]:
+        policy = CostPolicy()
+        policy.join(Copier(), lambda *_: costs(0.0), lambda _: steady)
+        sequence, asked = Seq(), []
+        for step in range(140):
+            if step == 100:
+                policy.forget(sequence)  # type: ignore[arg-type]
+                sequence = Seq()
+            policy.prepare([sequence])  # type: ignore[list-item]
+            [budget] = policy.plan([sequence], [100])  # type: ignore[list-item]
+            policy.observe(
+                [sequence], [TokenTree.empty(torch.device("cpu"))], [verdict(int(step == hit))]
+            )  # type: ignore[list-item]
+            asked += [step] * (budget > 0)
+        return [step for step in asked if step >= 100]
+
+    assert looked(False, -1)[:16] == list(range(100, 116))
+    assert looked(True, -1)[:5] == [100, 103, 107, 112, 118]
+    assert looked(True, 98)[:15] == list(range(100, 115))
+
+
 def test_a_lookup_that_helped_ends_the_rests() -> None:
     asked = iter(range(10_000))
     found = looks(200, lambda nodes: int(nodes > 0 and next(asked) == 30), length=1)

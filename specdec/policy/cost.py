@@ -45,8 +45,9 @@ _AS_GOOD = 0.96
 _PATIENCE, _LONGEST_REST = 16, 7
 _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
-_HOLDS = 3  # steps for which a sequence's choice holds that decodes alone, where enough was seen
-_ENOUGH = 3.0  # tries
+# Steps for which a sequence's choice holds at most that decodes alone, where enough was tried; the
+# same where a model drafts, whose choices cost more and change less.
+_HOLDS, _MODEL_HOLDS, _ENOUGH = 3, 8, 3
 _STREAKS, _LENGTHS = 4, 6  # kinds of what became of the last drafts, of lengths of a free one
 _EVERYWHERE = -1  # stands for all situations together
 
@@ -142,7 +143,8 @@ class CostPolicy(Policy):
         self._first_guess: list[float] = []
         self._kinds = 1  # of situations that are one to the proposer
         self._situation_weight, self._depth_weight = _WEIGHTS
-        self._doubt = 0.0
+        self._doubt, self._holds = 0.0, _HOLDS
+        self._fruitless = 0  # lookups on end that led to nothing in the last steady sequence
 
     def join(self, proposer: Proposer, measure: Measure, steady: Steady) -> None:
         self._proposer, self._measure, self._steady = proposer, measure, steady
@@ -160,7 +162,8 @@ class CostPolicy(Policy):
         self._first_guess = [_GUESS] * self._depth
         # A model is right in runs; a lookup that found more of a text is surer of it.
         self._kinds = _LENGTHS if proposer.free else _STREAKS if proposer.draft_rows(1) else 1
-        self._doubt = _DOUBT if proposer.draft_rows(1) else 0.0
+        if proposer.draft_rows(1):
+            self._doubt, self._holds = _DOUBT, _MODEL_HOLDS
         if self._kinds == _STREAKS:
             self._situation_weight, self._depth_weight = _STREAK_WEIGHTS
 
@@ -237,13 +240,16 @@ class CostPolicy(Policy):
         # one that takes all there is would have taken more
         whole = depth == most > 0
         here.depth = 0 if here.trying else self._depth if whole else depth
-        here.holds = _HOLDS if here.rates.tries[1] >= _ENOUGH else 0
+        tries = int(here.rates.tries[1])
+        here.holds = min(self._holds, tries) if tries >= _ENOUGH else 0
         return depth
 
     def _history(self, sequence: Sequence) -> _History:
         history = self._histories.get(sequence)
         if history is None:
-            history = _History(Rates(self._depth), self._steady(sequence))
+            steady = self._steady(sequence)
+            history = _History(Rates(self._depth), steady)
+            history.fruitless = self._fruitless if steady else 0
             self._histories[sequence] = history
         return history
 
@@ -438,6 +444,8 @@ class CostPolicy(Policy):
         history = self._histories.pop(sequence, None)
         if history is None or not history.steady:
             return
+        # the next one has less patience, but a single hit gives it all of it
+        self._fruitless = min(history.fruitless, _PATIENCE)
         history.settle()
         if not any(history.rates.tries):
             return
