@@ -410,9 +410,8 @@ def test_a_sequence_behind_fruitless_lookups_rests_sooner() -> None:
                 sequence = Seq()
             policy.prepare([sequence])  # type: ignore[list-item]
             [budget] = policy.plan([sequence], [100])  # type: ignore[list-item]
-            policy.observe(
-                [sequence], [TokenTree.empty(torch.device("cpu"))], [verdict(int(step == hit))]
-            )  # type: ignore[list-item]
+            trees = [TokenTree.empty(torch.device("cpu"))]
+            policy.observe([sequence], trees, [verdict(int(step == hit))])  # type: ignore[list-item]
             asked += [step] * (budget > 0)
         return [step for step in asked if step >= 100]
 

@@ -25,12 +25,14 @@ from specdec.verifier import Verdict
 # What a rate is taken for before anything was seen; for how many hits a first guess counts, and one
 # from other sequences; the same of what is usual, in one situation and at one depth (there in
 # tries), where a proposer tells situations apart and where streaks do; after how many steps without
-# a draft one is tried again, at least, at most, and per step that a try costs. Chosen by replaying
-# texts of the built-in pair and drafts of known acceptance.
+# a draft one is tried again, at least, at most, and per step that a try is expected to lose: at
+# first, and after many in vain. Chosen by replaying texts of the built-in pair and drafts of known
+# acceptance.
 _GUESS = 0.65
 _GUESS_WEIGHT, _COMMON_WEIGHT = 2.0, 15.0
 _WEIGHTS, _STREAK_WEIGHTS = (2.0, 12.0), (12.0, 30.0)
-_FIRST_WAIT, _LONGEST_WAIT, _TRIAL_STEPS = 4, 256, 50
+_FIRST_WAIT, _LONGEST_WAIT = 6, 256
+_TRIAL_STEPS, _MOST_TRIAL_STEPS = 50, 1000
 _TRIED_TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # A draft that promises so much less than plain decoding is made all the same: it teaches something,
 # and plain decoding nothing. What a model's draft adds to a step is known to so much of it only: it
@@ -47,7 +49,7 @@ _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
 # Steps for which a sequence's choice holds at most that decodes alone, where enough was tried; the
 # same where a model drafts, whose choices cost more and change less.
-_HOLDS, _MODEL_HOLDS, _ENOUGH = 3, 8, 3
+_HOLDS, _MODEL_HOLDS, _ENOUGH = 3, 5, 3
 _STREAKS, _LENGTHS = 4, 6  # kinds of what became of the last drafts, of lengths of a free one
 _EVERYWHERE = -1  # stands for all situations together
 
@@ -72,6 +74,7 @@ class _History:
     steady: bool  # its text is the same whatever is drafted
     situations: dict[int, _Situation] = field(default_factory=dict)
     here: _Situation | None = None  # the situation of the coming step
+    known: bool = False  # whether that one is set already
     number: int = 0  # its number
     streak: int = 0  # what became of the last drafts, where that tells situations apart
     read: int = 0  # tokens that the draft has read
@@ -142,6 +145,7 @@ class CostPolicy(Policy):
         self._by_level = True
         self._first_guess: list[float] = []
         self._kinds = 1  # of situations that are one to the proposer
+        self._one_situation = False  # whether a model drafts that knows no others
         self._situation_weight, self._depth_weight = _WEIGHTS
         self._doubt, self._holds = 0.0, _HOLDS
         self._fruitless = 0  # lookups on end that led to nothing in the last steady sequence
@@ -165,6 +169,7 @@ class CostPolicy(Policy):
         if proposer.draft_rows(1):
             self._doubt, self._holds = _DOUBT, _MODEL_HOLDS
         if self._kinds == _STREAKS:
+            self._one_situation = type(proposer).situation is Proposer.situation
             self._situation_weight, self._depth_weight = _STREAK_WEIGHTS
 
     def prepare(self, sequences: Items[Sequence]) -> None:
@@ -188,6 +193,10 @@ class CostPolicy(Policy):
 
     def plan(self, sequences: Items[Sequence], rooms: Items[int]) -> list[int]:
         assert self._proposer is not None, "join first"
+        if len(sequences) == 1 and not self._proposer.free:
+            held = self._still_held(sequences[0], min(rooms[0], self._depth))
+            if held is not None:
+                return [self._nodes[held]]
         depths = [min(room, self._depth) for room in rooms]
         if self._proposer.free:
             for i, sequence in enumerate(sequences):
@@ -232,6 +241,14 @@ class CostPolicy(Policy):
             self._probed(costs, each, depth) for each, depth in zip(outlooks, depths, strict=True)
         ]
 
+    def _still_held(self, sequence: Sequence, most: int) -> int | None:
+        """_choose() of a sequence that decodes alone, where the last step has said already in what
+        situation it is: that is most steps, and each microsecond here is one of a thousand."""
+        history = self._histories.get(sequence)
+        if history is None or not history.known or self._costs is None:
+            return None
+        return _held(history.here, most)
+
     def _alone(self, costs: StepCosts, outlook: _Outlook, most: int) -> int:
         """A choice takes longer than anything else here and rates change slowly: it holds for some
         steps."""
@@ -241,7 +258,10 @@ class CostPolicy(Policy):
         whole = depth == most > 0
         here.depth = 0 if here.trying else self._depth if whole else depth
         tries = int(here.rates.tries[1])
-        here.holds = min(self._holds, tries) if tries >= _ENOUGH else 0
+        if depth == 0:  # nothing is learnt until a token is tried
+            here.holds = _MODEL_HOLDS
+        else:
+            here.holds = min(self._holds, tries) if tries >= _ENOUGH else 0
         return depth
 
     def _history(self, sequence: Sequence) -> _History:
@@ -263,7 +283,7 @@ class CostPolicy(Policy):
         if here is None:
             here = _Situation(Rates(self._depth), self._first_guess)
             history.situations[number] = here
-        history.here = here
+        history.here, history.known = here, self._one_situation
         return history
 
     def _outlook(
@@ -382,10 +402,12 @@ class CostPolicy(Policy):
         if depth > 0:
             here.idle = here.wait = 0
         elif outlook.reach:
-            here.wait = here.wait or self._first_wait(costs, outlook)
+            loss = self._loss(costs, outlook)
+            first, last = int(_TRIAL_STEPS * loss), int(_MOST_TRIAL_STEPS * loss)
+            here.wait = max(_FIRST_WAIT, min(here.wait or first, last, _LONGEST_WAIT))
             here.idle += 1
             if here.idle >= here.wait:
-                here.idle, here.wait = 0, min(2 * here.wait, _LONGEST_WAIT)
+                here.idle, here.wait = 0, 2 * here.wait
                 here.trying = self._could_pay(costs, outlook)
                 return self._trial(outlook) if here.trying else 0
         return depth
@@ -394,8 +416,8 @@ class CostPolicy(Policy):
         """How deep a draft is that is tried."""
         return 1 if self._by_level else len(outlook.reach)
 
-    def _first_wait(self, costs: StepCosts, outlook: _Outlook) -> int:
-        """Steps after which a token is tried: the more a try costs, the later."""
+    def _loss(self, costs: StepCosts, outlook: _Outlook) -> float:
+        """What a draft that is tried is expected to lose, in plain steps."""
         context, depth = len(outlook.sequence.tokens), self._trial(outlook)
         plain = costs.verify_seconds(1, context)
         tried = self._drafting(costs, depth, context) + costs.verify_seconds(
@@ -403,7 +425,7 @@ class CostPolicy(Policy):
         )
         if not outlook.history.read:  # the draft would have to read the whole prompt for it
             tried += costs.catch_up * context
-        return max(_FIRST_WAIT, min(int(_TRIAL_STEPS * (tried / plain - 1)), _LONGEST_WAIT))
+        return max(0.0, tried / plain - 1 - sum(outlook.reach[:depth]))
 
     def _could_pay(self, costs: StepCosts, outlook: _Outlook) -> bool:
         """Whether a draft that is always accepted would be quicker than plain decoding."""
@@ -431,11 +453,14 @@ class CostPolicy(Policy):
             depth, accepted = tree.max_depth, verdict.accepted
             if not self._by_level:  # that it was no deeper is part of what became of it
                 depth = bisect_left(self._nodes, len(tree))
-            if self._kinds == _STREAKS:
-                history.streak = _streak(history.streak, depth, accepted)
             history.seen.append((here, depth, accepted))
             if here.trying and 2 * accepted >= depth:  # again at once
                 here.idle = here.wait = max(_FIRST_WAIT, here.wait // 2)
+            if self._kinds == _STREAKS:
+                history.streak = streak = _streak(history.streak, depth, accepted)
+                history.known = self._one_situation and streak in history.situations
+                if history.known:
+                    history.here, history.number = history.situations[streak], streak
             # called before the verdict's tokens are appended; a draft does not read its last token
             history.read = len(sequence.tokens) + min(accepted, depth - 1)
 
