@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specdec.acceptance.batched import sample
 from specdec.cache import CacheGroup
@@ -155,7 +156,7 @@ class DraftTreeProposer(Proposer):
         widest node wants are made for each, and those beyond its own number are not looked at."""
         paths = _paths(sprouts, logits.device)
         counts = [len(sprout.frontier) for sprout in sprouts]
-        width = max(spot.children for sprout in sprouts for spot in sprout.frontier)
+        width = max(sprout.width for sprout in sprouts)
         if law.greedy or self.kind == "top_k":
             tokens = self.model.largest(law.scores(logits, paths), width)
             for sprout, its_tokens in zip(sprouts, tokens.split(counts), strict=True):
@@ -194,14 +195,16 @@ class DraftTreeProposer(Proposer):
             sprout.add(its_tokens, "without_replacement", its_q)
 
     def _draw_iid(self, sprouts: list["_Sprout"], q: Tensor, width: int, noise: Noise) -> None:
-        """width draws per node; those that agree share a child."""
+        """width draws per node; those that agree share a child. A sequence's coins are counted by
+        its own widest node, so that its draws are the same in any company."""
         counts = [len(sprout.frontier) for sprout in sprouts]
         coins = []
         for sprout, count in zip(sprouts, counts, strict=True):
-            first, last = sprout.drawn + 1, sprout.drawn + 1 + count * width
+            first, last = sprout.drawn + 1, sprout.drawn + 1 + count * sprout.width
             step = noise.step([sprout.sequence.seed], [len(sprout.sequence.tokens)], last, q.device)
-            coins.append(step.draft[0, first:last])
-        drawn = sample(q.repeat_interleave(width, 0), torch.cat(coins)).view(-1, width)
+            mine = step.draft[0, first:last].view(count, sprout.width)
+            coins.append(pad(mine, (0, width - sprout.width)))  # those draws are not looked at
+        drawn = sample(q.repeat_interleave(width, 0), torch.cat(coins).flatten()).view(-1, width)
         values = drawn.tolist()  # which draws agree decides which nodes there are
         first = 0
         for sprout, its_tokens, its_q in zip(
@@ -255,6 +258,11 @@ class _Sprout:
         if self.levels:
             self.frontier = [_Spot(-1, self.levels[0][0], 0, ())]
 
+    @property
+    def width(self) -> int:
+        """Children of the frontier's widest node."""
+        return max(spot.children for spot in self.frontier)
+
     def add(
         self, drawn: Tensor, kind: Kind, q: Tensor | None, values: list[list[int]] | None = None
     ) -> None:
@@ -294,7 +302,7 @@ class _Sprout:
         if q is not None:
             self.laws.append(q)
             self.rows += q.shape[0]
-        self.drawn += drawn.numel()
+        self.drawn += len(self.frontier) * self.width
         self.depth += 1
         self.frontier = frontier
 
