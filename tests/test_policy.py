@@ -1,5 +1,7 @@
 """Draft lengths: the policies by themselves, and what they may not do."""
 
+import random
+from collections import Counter
 from collections.abc import Callable, Sequence as Items
 from functools import partial
 from itertools import pairwise
@@ -21,7 +23,7 @@ from specdec.policy import (
     cost,
     make_policy,
 )
-from specdec.proposers import NgramProposer
+from specdec.proposers import NgramProposer, Proposer
 from specdec.verifier import Verdict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,6 +194,38 @@ def test_choice_holds_for_a_few_steps_once_enough_was_seen(
     planned = [advance(policy, sequence, whole, room=n) for n in (2, 6, 0, 6, 1, 6)]
     assert planned == [2, 6, 0, 6, 1, 6]  # a short room does not hold for what comes after it
     assert len(chosen) <= asked + 2
+
+
+class Lone(Sketch):
+    """Tells no situations apart, as a draft model: what a step led to is known at its end."""
+
+    situation = Proposer.situation
+
+
+def test_a_situation_that_is_known_already_is_not_looked_for_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = random.Random(0)
+    accepts = [draw.choice((0, 1, 9, 9) if i % 100 > 40 else (0, 0, 0, 1)) for i in range(300)]
+    planned, looked = [], []
+    for proposer in (Sketch(), Lone()):
+        policy, sequence = CostPolicy(), Seq(remaining=10_000)
+        policy.join(proposer, lambda *_: costs(0.3, 0.9, 0.02), unsteady)
+        find, count = policy._find_situation, Counter[bool]()
+
+        def counted(*arguments: Any, find: Any = find, count: Any = count) -> Any:
+            count[True] += 1
+            return find(*arguments)
+
+        monkeypatch.setattr(policy, "_find_situation", counted)
+        planned.append(
+            [advance(policy, sequence, lambda n, most=most: min(n, most)) for most in accepts]  # type: ignore[misc]
+        )
+        looked.append(count[True])
+    assert planned[0] == planned[1]
+    assert len(set(planned[0])) >= 3
+    assert looked[0] == 300
+    assert looked[1] < 150
 
 
 def test_unknown_costs_mean_the_default_length() -> None:

@@ -3,7 +3,7 @@ acceptance."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 from specdec.costs import StepCosts
@@ -15,6 +15,7 @@ from specdec.policy.base import (
     Steady,
     checked_number,
 )
+from specdec.policy.history import PATIENCE, History, Situation, next_streak
 from specdec.proposers import Proposer
 from specdec.proposers.checked import situation_of
 from specdec.rates import Rates
@@ -42,9 +43,6 @@ _CURIOSITY, _DOUBT = 0.03, 0.1
 _DEEPER = 0.02
 # A free draft that is nearly as good whole is not cut: costs are known no better than that.
 _AS_GOOD = 0.96
-# After so many lookups on end that led to nothing, a sequence rests between two of them: a step,
-# then one more each time, up to so many. A lookup costs some percent of a small model's pass.
-_PATIENCE, _LONGEST_REST = 16, 7
 _FURTHER = 4  # levels behind the best one that are looked at
 _NEAR = 64  # tokens of context that costs are looked up for together
 # Steps for which a sequence's choice holds at most that decodes alone, where enough was tried; the
@@ -55,57 +53,12 @@ _EVERYWHERE = -1  # stands for all situations together
 
 
 @dataclass(slots=True)
-class _Situation:
-    rates: Rates
-    # what a chance is taken for by depth, before anything is known of this sequence
-    guess: Items[float]
-    idle: int = 0  # steps since the last draft
-    wait: int = 0  # idle steps after which one token is tried; 0: not known yet
-    trying: bool = False  # the coming step does
-    depth: int = 0  # chosen last
-    holds: int = 0  # for so many further steps
-
-
-@dataclass(slots=True)
-class _History:
-    """What the drafts of one sequence came to."""
-
-    rates: Rates
-    steady: bool  # its text is the same whatever is drafted
-    situations: dict[int, _Situation] = field(default_factory=dict)
-    here: _Situation | None = None  # the situation of the coming step
-    known: bool = False  # whether that one is set already
-    number: int = 0  # its number
-    streak: int = 0  # what became of the last drafts, where that tells situations apart
-    read: int = 0  # tokens that the draft has read
-    fruitless: int = 0  # lookups on end that led to nothing
-    rest: int = 0  # steps to come without one
-    # drafts that are not in the rates yet: where, how deep, how many of them were accepted
-    seen: list[tuple[_Situation, int, int]] = field(default_factory=list)
-
-    def looked_up(self, accepted: int) -> None:
-        """What became of a step of a free proposer."""
-        if self.rest:
-            self.rest -= 1
-            return
-        self.fruitless = 0 if accepted else self.fruitless + 1
-        self.rest = min(max(0, self.fruitless + 1 - _PATIENCE), _LONGEST_REST)
-
-    def settle(self) -> None:
-        """Takes into the rates what was seen."""
-        for here, depth, accepted in self.seen:
-            self.rates.add(depth, accepted, here.guess)
-            here.rates.add(depth, accepted, here.guess)
-        self.seen.clear()
-
-
-@dataclass(slots=True)
 class _Outlook:
     """A sequence before a step."""
 
     sequence: Sequence
-    history: _History
-    here: _Situation
+    history: History
+    here: Situation
     reach: list[float]  # the probability that the text follows the draft to depth 1, 2, ...
     sizes: Items[int]  # nodes of a draft, by depth from 0 on
 
@@ -130,7 +83,7 @@ class CostPolicy(Policy):
         self._limit = (
             None if max_draft_tokens is None else checked_number(max_draft_tokens, least=0)
         )
-        self._histories: dict[Sequence, _History] = {}
+        self._histories: dict[Sequence, History] = {}
         self._common: dict[int, Rates] = {}  # by situation, of all steady sequences
         self._guesses: dict[int, list[float]] = {}  # made from it
         self._measured: tuple[int, object] = (0, None)  # last: how many sequences, of what law
@@ -227,7 +180,7 @@ class CostPolicy(Policy):
         if costs is None:
             return [min(self._unmeasured, each) for each in most]
         if len(sequences) == 1:
-            held = _held(histories[0].here, most[0])
+            held = histories[0].held(most[0])
             if held is not None:
                 return [held]
         outlooks = [
@@ -247,7 +200,7 @@ class CostPolicy(Policy):
         history = self._histories.get(sequence)
         if history is None or not history.known or self._costs is None:
             return None
-        return _held(history.here, most)
+        return history.held(most)
 
     def _alone(self, costs: StepCosts, outlook: _Outlook, most: int) -> int:
         """A choice takes longer than anything else here and rates change slowly: it holds for some
@@ -264,16 +217,16 @@ class CostPolicy(Policy):
             here.holds = min(self._holds, tries) if tries >= _ENOUGH else 0
         return depth
 
-    def _history(self, sequence: Sequence) -> _History:
+    def _history(self, sequence: Sequence) -> History:
         history = self._histories.get(sequence)
         if history is None:
             steady = self._steady(sequence)
-            history = _History(Rates(self._depth), steady)
+            history = History(Rates(self._depth), steady)
             history.fruitless = self._fruitless if steady else 0
             self._histories[sequence] = history
         return history
 
-    def _find_situation(self, sequence: Sequence, most: int) -> _History:
+    def _find_situation(self, sequence: Sequence, most: int) -> History:
         """Where the sequence stands before a draft of at most this depth."""
         assert self._proposer is not None
         history = self._history(sequence)
@@ -281,13 +234,13 @@ class CostPolicy(Policy):
         history.number = number = situation_of(self._proposer, sequence) * self._kinds + kind
         here = history.situations.get(number)
         if here is None:
-            here = _Situation(Rates(self._depth), self._first_guess)
+            here = Situation(Rates(self._depth), self._first_guess)
             history.situations[number] = here
         history.here, history.known = here, self._one_situation
         return history
 
     def _outlook(
-        self, sequence: Sequence, history: _History, most: int, sizes: Items[int]
+        self, sequence: Sequence, history: History, most: int, sizes: Items[int]
     ) -> _Outlook:
         here = history.here
         assert here is not None, "its situation was found"
@@ -301,7 +254,7 @@ class CostPolicy(Policy):
             reach += [0.0] * (most - len(reach))
         return _Outlook(sequence, history, here, reach, sizes)
 
-    def _guess(self, history: _History, here: _Situation) -> float:
+    def _guess(self, history: History, here: Situation) -> float:
         """Sets what sequences before it make likely; for how many expected hits it counts."""
         if not history.steady or not self._common:
             here.guess = self._first_guess
@@ -457,7 +410,7 @@ class CostPolicy(Policy):
             if here.trying and 2 * accepted >= depth:  # again at once
                 here.idle = here.wait = max(_FIRST_WAIT, here.wait // 2)
             if self._kinds == _STREAKS:
-                history.streak = streak = _streak(history.streak, depth, accepted)
+                history.streak = streak = next_streak(history.streak, depth, accepted)
                 history.known = self._one_situation and streak in history.situations
                 if history.known:
                     history.here, history.number = history.situations[streak], streak
@@ -470,7 +423,7 @@ class CostPolicy(Policy):
         if history is None or not history.steady:
             return
         # the next one has less patience, but a single hit gives it all of it
-        self._fruitless = min(history.fruitless, _PATIENCE)
+        self._fruitless = min(history.fruitless, PATIENCE)
         history.settle()
         if not any(history.rates.tries):
             return
@@ -484,23 +437,6 @@ class CostPolicy(Policy):
         if known is None:
             self._common[situation] = known = Rates(self._depth)
         known.merge(rates)
-
-
-def _held(here: _Situation | None, most: int) -> int | None:
-    """The depth chosen before, of at most `most`, where it still holds."""
-    if here is None or not here.holds or not (here.depth or here.idle + 1 < here.wait):
-        return None
-    here.holds -= 1
-    here.trying = False
-    here.idle += here.depth == 0 and most > 0
-    return min(here.depth, most)
-
-
-def _streak(before: int, depth: int, accepted: int) -> int:
-    """0: rejected at once, or nothing drafted yet; 1: in part; 2: accepted whole; 3: again."""
-    if accepted == depth:
-        return 3 if before >= 2 else 2
-    return int(accepted > 0)
 
 
 def _worth(outlook: _Outlook, most: int, least: float) -> int:
