@@ -58,6 +58,7 @@ class Apart(Policy):
         self.depths: set[int] = set()
         self._make = make
         self._policies: dict[Sequence, Policy] = {}
+        self._whole: dict[Sequence, int] = {}  # depth drafted in the step that is under way
         self._joined: tuple[Proposer, Measure, Steady] | None = None
 
     def join(self, proposer: Proposer, measure: Measure, steady: Steady) -> None:
@@ -80,18 +81,18 @@ class Apart(Policy):
         return [self._its(sequence).plan([sequence], [room])[0] for sequence, room in pairs]
 
     def cut(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> list[TokenTree]:
-        kept = []
-        for sequence, tree in zip(sequences, trees, strict=True):
-            kept += self._its(sequence).cut([sequence], [tree])
-            depths = tree.max_depth, kept[-1].max_depth
-            self.drafts[tuple(sequence.tokens)].add(depths)
-            self.depths.add(depths[1])
-        return kept
+        self._whole = {s: tree.max_depth for s, tree in zip(sequences, trees, strict=True)}
+        pairs = zip(sequences, trees, strict=True)
+        return [self._its(sequence).cut([sequence], [tree])[0] for sequence, tree in pairs]
 
     def observe(
         self, sequences: Items[Sequence], trees: Items[TokenTree], verdicts: Items[Verdict]
     ) -> None:
         for sequence, tree, verdict in zip(sequences, trees, verdicts, strict=True):
+            # where nobody drafts there is nothing to cut
+            depths = self._whole.pop(sequence, 0), tree.max_depth
+            self.drafts[tuple(sequence.tokens)].add(depths)
+            self.depths.add(depths[1])
             self._its(sequence).observe([sequence], [tree], [verdict])
 
     def forget(self, sequence: Sequence) -> None:

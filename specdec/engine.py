@@ -313,12 +313,16 @@ class Engine:
     def _advance(self, sequences: list[Sequence]) -> list[StepRecord]:
         began = time.perf_counter()
         trees = self._propose(sequences)
+        asked = trees is not None
+        if trees is None:
+            trees = [TokenTree.empty(self.target.device)] * len(sequences)
         drafted = time.perf_counter()
         verdicts = self.verifier.verify(sequences, trees, self.noise)
         verified = time.perf_counter()
         if self.proposer is not None:
             self.policy.observe(sequences, trees, verdicts)
-            self.proposer.observe(sequences, verdicts)
+            if asked:
+                self.proposer.observe(sequences, verdicts)
         records = []
         share = 1 / len(sequences)
         for sequence, tree, verdict in zip(sequences, trees, verdicts, strict=True):
@@ -343,15 +347,18 @@ class Engine:
             sequence.stats.total_seconds += seconds * share
         return records
 
-    def _propose(self, sequences: list[Sequence]) -> list[TokenTree]:
+    def _propose(self, sequences: list[Sequence]) -> list[TokenTree] | None:
+        """None: nobody was asked, as nothing is to be drafted."""
         if self.proposer is None:
-            return [TokenTree.empty(self.target.device)] * len(sequences)
+            return None
         limits = [m for m in (self.max_positions, self.proposer.max_positions) if m is not None]
         # Of the remaining tokens the last one is the target's own: it need not be drafted.
         rooms = [
             max(0, min([s.remaining - 1, *(m - len(s.tokens) for m in limits)])) for s in sequences
         ]
         wanted = planned(self.policy, sequences, rooms)
+        if not any(wanted):
+            return None
         fitting = [self.proposer.nodes_within(room) if room else 0 for room in rooms]
         budgets = [min(pair) for pair in zip(wanted, fitting, strict=True)]
         trees = self.proposer.propose(sequences, budgets, self.noise)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence as Items
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -296,8 +297,9 @@ def _rising(values: Items[float]) -> tuple[float, ...]:
     return tuple(reversed(highest))
 
 
-# Engines over the same models in one process measure once.
-_MEASURED: dict[tuple[tuple[str, str], ...], StepCosts] = {}
+# Engines over the same models in one process measure once. By the file that keeps the costs: where
+# the folder is another one, another process is to find them there.
+_MEASURED: dict[Path, StepCosts] = {}
 
 
 class Profiler:
@@ -364,14 +366,13 @@ class Profiler:
         key = self._key(batch, mode, max_depth, contexts)
         kept = None if key is None else CostCache(key)
         if kept is not None:
-            entry = tuple(kept.key.items())
-            if entry not in _MEASURED and (loaded := kept.load()) is not None:
-                _MEASURED[entry] = loaded
-            if entry in _MEASURED:
-                return _MEASURED[entry]
+            if kept.path not in _MEASURED and (loaded := kept.load()) is not None:
+                _MEASURED[kept.path] = loaded
+            if kept.path in _MEASURED:
+                return _MEASURED[kept.path]
         costs = self._measure(batch, law, max_depth, contexts, report)
         if kept is not None and costs is not None:
-            _MEASURED[tuple(kept.key.items())] = costs
+            _MEASURED[kept.path] = costs
             kept.save(costs)
         return costs
 

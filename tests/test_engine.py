@@ -292,7 +292,9 @@ def test_step_that_was_interrupted_can_be_taken_again(
     # gumbel: the law of the other rules does not depend on where a step begins, their tokens do
     wanted = [one(make(verification="gumbel"), p, params, seed=4) for p in PROMPTS[:3]]
     proposer = Interrupts(ModelRunner(draft), where)
-    engine = Engine(target, proposer=proposer, verification="gumbel", kv_memory=KV)
+    engine = Engine(
+        target, proposer=proposer, verification="gumbel", policy="constant", kv_memory=KV
+    )
 
     def stop(tokens: list[int]) -> bool:
         if len(tokens) == len(PROMPTS[1]) + 7:  # not in the first step

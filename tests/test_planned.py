@@ -20,6 +20,7 @@ from specdec.proposers import Proposer
 from specdec.rng import Noise, PhiloxNoise
 from specdec.sequence import Sequence
 from specdec.toy import Table, TableRunner, random_table
+from specdec.verifier import Verdict
 
 V = 3
 TARGET, DRAFT = random_table(V, order=None, seed=1), random_table(V, order=None, seed=2)
@@ -281,10 +282,11 @@ class Watched(MadeUpCosts):
 
     depths: set[int]
 
-    def cut(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> list[TokenTree]:
-        kept = super().cut(sequences, trees)
-        self.depths.update(tree.max_depth for tree in kept)
-        return kept
+    def observe(
+        self, sequences: Items[Sequence], trees: Items[TokenTree], verdicts: Items[Verdict]
+    ) -> None:
+        super().observe(sequences, trees, verdicts)
+        self.depths.update(tree.max_depth for tree in trees)
 
 
 def texts_of(engine: Engine, together: int) -> list[tuple[int, ...]]:

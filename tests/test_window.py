@@ -268,7 +268,7 @@ class Interrupting(Engine):
 
     broken = False
 
-    def _propose(self, sequences: list[Sequence]) -> list[TokenTree]:
+    def _propose(self, sequences: list[Sequence]) -> list[TokenTree] | None:
         trees = super()._propose(sequences)
         self.broken = not self.broken
         if self.broken:

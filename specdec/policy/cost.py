@@ -86,6 +86,7 @@ class CostPolicy(Policy):
         self._histories: dict[Sequence, History] = {}
         self._common: dict[int, Rates] = {}  # by situation, of all steady sequences
         self._guesses: dict[int, list[float]] = {}  # made from it
+        self._waits: dict[int, tuple[int, int]] = {}  # by situation: steps since a draft, to a try
         self._measured: tuple[int, object] = (0, None)  # last: how many sequences, of what law
         self._costs: StepCosts | None = None
         self._seconds: dict[int, tuple[list[float], list[float]]] = {}  # by context
@@ -211,8 +212,8 @@ class CostPolicy(Policy):
         whole = depth == most > 0
         here.depth = 0 if here.trying else self._depth if whole else depth
         tries = int(here.rates.tries[1])
-        if depth == 0:  # nothing is learnt until a token is tried
-            here.holds = _MODEL_HOLDS
+        if depth == 0:  # nothing is learnt until a token is tried, and costs change slowly
+            here.holds = _NEAR
         else:
             here.holds = min(self._holds, tries) if tries >= _ENOUGH else 0
         return depth
@@ -235,6 +236,8 @@ class CostPolicy(Policy):
         here = history.situations.get(number)
         if here is None:
             here = Situation(Rates(self._depth), self._first_guess)
+            if history.steady:
+                here.idle, here.wait = self._waits.get(number, (0, 0))
             history.situations[number] = here
         history.here, history.known = here, self._one_situation
         return history
@@ -424,6 +427,8 @@ class CostPolicy(Policy):
             return
         # the next one has less patience, but a single hit gives it all of it
         self._fruitless = min(history.fruitless, PATIENCE)
+        for situation, here in history.situations.items():
+            self._waits[situation] = here.idle, here.wait
         history.settle()
         if not any(history.rates.tries):
             return

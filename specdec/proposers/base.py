@@ -89,7 +89,8 @@ class Proposer(ABC):
     def propose(
         self, sequences: Items[Sequence], budgets: Items[int], noise: Noise
     ) -> list[TokenTree]:
-        """One tree per sequence of at most budgets[i] nodes; empty trees are fine."""
+        """One tree per sequence of at most budgets[i] nodes; empty trees are fine. A step in which
+        nothing is to be drafted calls neither this nor observe()."""
 
     def observe(self, sequences: Items[Sequence], verdicts: Items[Verdict]) -> None:
         """What the target said of the last trees; it never holds verification coins."""

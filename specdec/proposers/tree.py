@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from specdec.acceptance.batched import sample
 from specdec.cache import CacheGroup
@@ -195,24 +194,27 @@ class DraftTreeProposer(Proposer):
             sprout.add(its_tokens, "without_replacement", its_q)
 
     def _draw_iid(self, sprouts: list["_Sprout"], q: Tensor, width: int, noise: Noise) -> None:
-        """width draws per node; those that agree share a child. A sequence's coins are counted by
-        its own widest node, so that its draws are the same in any company."""
-        counts = [len(sprout.frontier) for sprout in sprouts]
-        coins = []
-        for sprout, count in zip(sprouts, counts, strict=True):
-            first, last = sprout.drawn + 1, sprout.drawn + 1 + count * sprout.width
+        """As many draws per node as its sequence's widest one wants, so that they are the same in
+        any company; those that agree share a child."""
+        del width
+        coins, sizes, repeats = [], [], []
+        for sprout in sprouts:
+            count, its_width = len(sprout.frontier), sprout.width
+            sizes.append(count * its_width)
+            repeats += [its_width] * count
+            first, last = sprout.drawn + 1, sprout.drawn + 1 + sizes[-1]
             step = noise.step([sprout.sequence.seed], [len(sprout.sequence.tokens)], last, q.device)
-            mine = step.draft[0, first:last].view(count, sprout.width)
-            coins.append(pad(mine, (0, width - sprout.width)))  # those draws are not looked at
-        drawn = sample(q.repeat_interleave(width, 0), torch.cat(coins).flatten()).view(-1, width)
-        values = drawn.tolist()  # which draws agree decides which nodes there are
-        first = 0
-        for sprout, its_tokens, its_q in zip(
-            sprouts, drawn.split(counts), q.split(counts), strict=True
-        ):
-            count = len(sprout.frontier)
-            sprout.add(its_tokens, "iid", its_q, values[first : first + count])
-            first += count
+            coins.append(step.draft[0, first:last])
+        rows = q.repeat_interleave(_numbers(tuple(repeats), q.device), 0)
+        drawn = sample(rows, torch.cat(coins))
+        values, begin = drawn.tolist(), 0  # which draws agree decides which nodes there are
+        laws = q.split([len(sprout.frontier) for sprout in sprouts])
+        for sprout, tokens, its_q in zip(sprouts, drawn.split(sizes), laws, strict=True):
+            each = sprout.width
+            ends = range(begin, begin + tokens.shape[0], each)
+            begin += tokens.shape[0]
+            its_values = [values[at : at + each] for at in ends]
+            sprout.add(tokens.view(-1, each), "iid", its_q, its_values)
 
     def _with_enough_tokens(self, q: Tensor, sprouts: Items["_Sprout"]) -> Tensor:
         """q (n, V), with a floor under the rows that have fewer tokens than children."""
