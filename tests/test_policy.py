@@ -152,6 +152,23 @@ def test_hopeless_draft_costs_little() -> None:
     assert 0 < sum(n > 0 for n in planned[20:]) < 5  # it is tried again, ever more rarely
 
 
+def test_waits_for_a_try_go_on_in_the_next_text_where_texts_learn_from_each_other() -> None:
+    def tries(steady: bool) -> list[int]:
+        """Drafts of each of four hopeless texts."""
+        policy = CostPolicy()
+        policy.join(Sketch(), lambda *_: costs(0.5), lambda _: steady)
+        found = []
+        for _ in range(4):
+            sequence = Seq()
+            found.append(sum(advance(policy, sequence, none) > 0 for _ in range(100)))
+            policy.forget(sequence)  # type: ignore[arg-type]
+        return found
+
+    apart = tries(False)
+    assert len(set(apart)) == 1
+    assert sum(tries(True)[1:]) <= 3 < apart[0]
+
+
 def test_draft_that_became_good_is_found_again() -> None:
     policy, sequence = cost_policy(costs(0.08)), Seq()
     for _ in range(40):
